@@ -1,0 +1,611 @@
+// The CPU kernel: 16 channels at a time as one vector. Included by bi_wkv_cpu.cpp once per instruction set.
+
+namespace WKV_NAMESPACE {
+
+typedef float F __attribute__((vector_size(4 * kLanes)));
+typedef int32_t I __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
+typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
+
+WKV_FN I to_int(F x) { return __builtin_convertvector(x, I); }
+WKV_FN double magnitude(double x) { return __builtin_fabs(x); }
+
+WKV_FN double bits_to_double(int64_t bits) {
+  double x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+WKV_FN int64_t double_to_bits(double x) {
+  int64_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+}  // namespace WKV_NAMESPACE
+
+#include "bi_wkv.h"
+
+namespace WKV_NAMESPACE {
+
+static_assert(kChunk == kChunkTokens, "the chunk of the arithmetic is the chunk of the state");
+
+WKV_FN F vmax(F a, F b) { return a > b ? a : b; }
+WKV_FN I vmax(I a, I b) { return a > b ? a : b; }
+WKV_FN F vabs(F a) { return (F)((I)a & 0x7fffffff); }
+
+// 2^i per lane for i <= 127; below the range of normal numbers, zero.
+WKV_FN F pow2(I i) {
+  const I low = I{} - 127;
+  return (F)(((i > low ? i : low) + 127) << 23);
+}
+
+// ---- 16-bit types ----
+
+WKV_FN F from_bfloat16(H h) { return (F)(__builtin_convertvector(h, U) << 16); }
+
+WKV_FN H to_bfloat16(F x) {
+  const U b = (U)x;
+  const U rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+  const U quiet = (b >> 16) | 0x40;
+  const U nan = (U)((b & 0x7fffffff) > 0x7f800000);
+  return __builtin_convertvector((nan & quiet) | (~nan & rounded), H);
+}
+
+// The exponent is rebased by a multiplication, which also gets subnormals right.
+WKV_FN F from_half(H h) {
+  const U b = __builtin_convertvector(h, U);
+  const U sign = (b & 0x8000) << 16, rest = (b & 0x7fff) << 13;
+  const U special = (U)(rest >= (0x7c00u << 13));  // infinity and NaN
+  const U finite = (U)((F)rest * 0x1p112f);
+  return (F)(sign | (special & (rest | 0x7f800000)) | (~special & finite));
+}
+
+WKV_FN H to_half(F x) {
+  const U b = (U)x, sign = (b >> 16) & 0x8000, size = b & 0x7fffffff;
+  const U nan = (U)(size > 0x7f800000), large = (U)(size >= 0x477ff000), tiny = (U)(size < 0x38800000);
+  const U subnormal = (U)((F)size + 0.5f) - 0x3f000000;                     // the adder rounds to multiples of 2^-24
+  const U normal = (size - 0x38000000 + 0xfff + ((size >> 13) & 1)) >> 13;  // to nearest, ties to even
+  const U finite = (tiny & subnormal) | (~tiny & normal);
+  const U value = (nan & 0x7e00) | (~nan & ((large & 0x7c00) | (~large & finite)));
+  return __builtin_convertvector(sign | value, H);
+}
+
+// ---- rows of 16 channels ----
+
+template <class V, class T>
+WKV_FN V load_lanes(const T* p, int64_t stride, int count) {
+  V x = {};
+  if (stride == 1 && count == kLanes) {
+    __builtin_memcpy(&x, p, sizeof(V));
+  } else {
+    for (int c = 0; c < count; ++c) x[c] = p[c * stride];
+  }
+  return x;
+}
+
+template <class V, class T>
+WKV_FN void store_lanes(T* p, int64_t stride, int count, V x) {
+  if (stride == 1 && count == kLanes) {
+    __builtin_memcpy(p, &x, sizeof(V));
+  } else {
+    for (int c = 0; c < count; ++c) p[c * stride] = x[c];
+  }
+}
+
+WKV_FN F load(const View& a, int64_t offset, int count) {
+  if (a.dtype == DType::kFloat)
+    return load_lanes<F>(static_cast<const float*>(a.data) + offset, a.channel_stride, count);
+  const H h = load_lanes<H>(static_cast<const uint16_t*>(a.data) + offset, a.channel_stride, count);
+  return a.dtype == DType::kHalf ? from_half(h) : from_bfloat16(h);
+}
+
+WKV_FN void store(const View& a, int64_t offset, int count, bool accumulate, F x) {
+  if (accumulate) x += load(a, offset, count);
+  if (a.dtype == DType::kFloat) {
+    store_lanes(static_cast<float*>(a.data) + offset, a.channel_stride, count, x);
+  } else {
+    const H h = a.dtype == DType::kHalf ? to_half(x) : to_bfloat16(x);
+    store_lanes(static_cast<uint16_t*>(a.data) + offset, a.channel_stride, count, h);
+  }
+}
+
+WKV_FN double load_one(const View& a, int64_t offset) {
+  if (a.dtype == DType::kDouble) return static_cast<const double*>(a.data)[offset];
+  return load(a, offset, 1)[0];
+}
+
+WKV_FN void store_one(const View& a, int64_t offset, bool accumulate, double x) {
+  if (a.dtype == DType::kDouble) {
+    double& out = static_cast<double*>(a.data)[offset];
+    out = accumulate ? out + x : x;
+  } else {
+    store(a, offset, 1, accumulate, F{} + static_cast<float>(x));
+  }
+}
+
+// ---- one chunk of one channel group ----
+
+struct Place {
+  int64_t b, chunk, channel;  // channel: the first of the group
+  int tokens, count;          // of this chunk, of this group
+  int64_t outer, inner;       // where the first token lies
+  int64_t lanes;              // channels a state row holds
+
+  WKV_FN Place(const Scan& s, int64_t item) {
+    const int64_t ng = groups(s), nc = chunks(s), first = item / ng % nc * kChunk;
+    channel = item % ng * kLanes;
+    chunk = item / ng % nc;
+    b = item / ng / nc;
+    const int64_t left_tokens = s.outer * s.inner - first, left_channels = s.C - channel;
+    tokens = static_cast<int>(left_tokens < kChunk ? left_tokens : kChunk);
+    count = static_cast<int>(left_channels < kLanes ? left_channels : kLanes);
+    outer = first / s.inner;
+    inner = first % s.inner;
+    lanes = ng * kLanes;
+  }
+
+  WKV_FN double* state_row(const Scan& s, double* state, int field) const {
+    return state + ((b * chunks(s) + chunk) * 6 + field) * lanes + channel;
+  }
+  WKV_FN double* partial_row(const Scan& s, int field) const {
+    return s.partial + ((b * chunks(s) + chunk) * 2 + field) * lanes + channel;
+  }
+};
+
+// Calls f(t, offset) for the tokens of the chunk, in order.
+template <class Function>
+WKV_FN void walk(const Scan& s, const Place& at, const View& a, Function f) {
+  int64_t outer = at.outer, inner = at.inner;
+  int64_t row = at.b * a.batch_stride + outer * a.outer_stride + at.channel * a.channel_stride;
+  for (int t = 0; t < at.tokens; ++t) {
+    f(t, row + inner * a.inner_stride);
+    if (++inner == s.inner) {
+      inner = 0;
+      row = at.b * a.batch_stride + ++outer * a.outer_stride + at.channel * a.channel_stride;
+    }
+  }
+}
+
+WKV_FN bool all_lanes(I condition, int count) {
+  for (int c = 0; c < count; ++c) {
+    if (!condition[c]) return false;
+  }
+  return true;
+}
+
+WKV_FN bool in_range(F largest, int count) {
+  return all_lanes((largest == 0.0f) | ((largest >= kMinValue) & (largest <= kMaxValue)), count);
+}
+
+struct Decay {
+  F delta, bonus;  // expm1(-w), e^u
+  bool safe;
+
+  WKV_FN Decay(const Scan& s, const Place& at) : delta{}, bonus{}, safe(true) {
+    for (int c = 0; c < at.count; ++c) {
+      const double w = s.w[at.channel + c], u = s.u[at.channel + c];
+      safe = safe && __builtin_fabs(w) <= kMaxDecay && __builtin_fabs(u) <= kMaxBonus;
+      delta[c] = static_cast<float>(::expm1(-w));
+      bonus[c] = static_cast<float>(::exp(u));
+    }
+  }
+};
+
+// The keys and values of a chunk, in float lanes. `safe` says whether the lanes may go on with them.
+struct Tokens {
+  F e[kChunk], v[kChunk];  // e: first r of e^k = r 2^i, then e^k at the chunk's scale
+  I i[kChunk];
+  I top;  // the largest i
+  bool safe;
+
+  WKV_FN Tokens(const Scan& s, const Place& at) : safe(s.k.dtype != DType::kDouble) {
+    if (!safe) return;
+    F largest_k = {}, largest_v = {};
+    I bad = {};
+    walk(s, at, s.k, [&](int t, int64_t offset) {
+      const F k = load(s.k, offset, at.count);
+      e[t] = k;
+      largest_k = vmax(vabs(k), largest_k);
+      bad |= (k != k);
+    });
+    walk(s, at, s.v, [&](int t, int64_t offset) {
+      v[t] = load(s.v, offset, at.count);
+      largest_v = vmax(vabs(v[t]), largest_v);
+      bad |= (v[t] != v[t]);
+    });
+    safe = all_lanes((largest_k <= kMaxKey) & ~bad, at.count) && in_range(largest_v, at.count);
+    if (!safe) return;
+    top = I{} - 1000000;
+    for (int t = 0; t < at.tokens; ++t) {
+      e[t] = split_exp<F, I>(e[t], i[t]);
+      top = vmax(top, i[t]);
+    }
+  }
+
+  WKV_FN void scale(I scale, int tokens) {
+    for (int t = 0; t < tokens; ++t) e[t] *= pow2(i[t] - scale);
+  }
+};
+
+// The two states that enter a chunk. For the lanes they are brought to one scale, that of the largest of them and
+// `top`.
+struct Carried {
+  const double* row[6];
+
+  WKV_FN Carried(const Scan& s, const Place& at, double* state) {
+    for (int f = 0; f < 6; ++f) row[f] = at.state_row(s, state, f);
+  }
+  WKV_FN Scaled left(int c) const { return {row[0][c], row[1][c], row[2][c]}; }
+  WKV_FN Scaled right(int c) const { return {row[3][c], row[4][c], row[5][c]}; }
+
+  // Raises `scale` to the larger of the two; false if that is too far from where it was.
+  WKV_FN bool raise(I& scale, int count) const {
+    bool near = true;
+    for (int c = 0; c < count; ++c) {
+      const double o = row[0][c] > row[3][c] ? row[0][c] : row[3][c];
+      near = near && o - scale[c] <= kMaxSpread;
+      scale[c] = near && o > scale[c] ? static_cast<int32_t>(o) : scale[c];
+    }
+    return near;
+  }
+  WKV_FN bool near(I scale, int count) const {
+    for (int c = 0; c < count; ++c) {
+      if (!(row[0][c] - scale[c] <= kMaxSpread && row[3][c] - scale[c] <= kMaxSpread)) return false;
+    }
+    return true;
+  }
+  WKV_FN void at_scale(I scale, int count, Pair<F>& left, Pair<F>& right) const {
+    left = right = {F{}, F{}};
+    for (int c = 0; c < count; ++c) {
+      const double l = pow2_whole(row[0][c] - scale[c]), r = pow2_whole(row[3][c] - scale[c]);
+      left.n[c] = static_cast<float>(row[1][c] * l);
+      left.d[c] = static_cast<float>(row[2][c] * l);
+      right.n[c] = static_cast<float>(row[4][c] * r);
+      right.d[c] = static_cast<float>(row[5][c] * r);
+    }
+  }
+};
+
+WKV_FN void write_sums(const Scan& s, const Place& at, double* state, I scale, const Pair<F>& left,
+                       const Pair<F>& right) {
+  double* row[6];
+  for (int f = 0; f < 6; ++f) row[f] = at.state_row(s, state, f);
+  for (int c = 0; c < kLanes; ++c) {
+    row[0][c] = row[3][c] = scale[c];
+    row[1][c] = left.n[c];
+    row[2][c] = left.d[c];
+    row[4][c] = right.n[c];
+    row[5][c] = right.d[c];
+  }
+}
+
+WKV_FN void write_sums(const Scan& s, const Place& at, double* state, int c, Scaled left, Scaled right) {
+  left = with_whole_scale(left);
+  right = with_whole_scale(right);
+  const double value[6] = {left.o, left.n, left.d, right.o, right.n, right.d};
+  for (int f = 0; f < 6; ++f) at.state_row(s, state, f)[c] = value[f];
+}
+
+// ---- forward ----
+
+struct Exact {
+  double key[kChunk], v[kChunk];  // key: k in binary digits
+  double w2, u2;
+
+  WKV_FN Exact(const Scan& s, const Place& at, int c) {
+    w2 = s.w[at.channel + c] * kLog2e;
+    u2 = s.u[at.channel + c] * kLog2e;
+    walk(s, at, s.k, [&](int t, int64_t offset) { key[t] = load_one(s.k, offset + c * s.k.channel_stride) * kLog2e; });
+    walk(s, at, s.v, [&](int t, int64_t offset) { v[t] = load_one(s.v, offset + c * s.v.channel_stride); });
+  }
+};
+
+// The denominator of a token and its output, from the states around it.
+WKV_FN double combine(const Scaled& left, const Scaled& right, double own, double v, double& den, double& scale) {
+  scale = left.o > right.o ? left.o : right.o;
+  scale = scale > own ? scale : own;
+  const double a = pow2_exact(left.o - scale), b = pow2_exact(right.o - scale), e = pow2_exact(own - scale);
+  den = a * left.d + b * right.d + e;
+  return (a * left.n + b * right.n + (e > 0 ? e * v : e)) / den;
+}
+
+WKV_NOINLINE void summary_exact(const Scan& s, const Place& at) {
+  for (int c = 0; c < at.count; ++c) {
+    const Exact x(s, at, c);
+    Scaled left = {kEmpty, 0, 0}, right = left;
+    for (int t = 0; t < at.tokens; ++t) push(left, x.key[t], x.v[t], 1.0, x.w2);
+    for (int t = at.tokens - 1; t >= 0; --t) push(right, x.key[t], x.v[t], 1.0, x.w2);
+    write_sums(s, at, s.state, c, left, right);
+  }
+}
+
+void summary(const Scan& s, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) {
+    const Place at(s, item);
+    const Decay decay(s, at);
+    Tokens x(s, at);
+    if (!(decay.safe && x.safe)) {
+      summary_exact(s, at);
+      continue;
+    }
+    x.scale(x.top, at.tokens);
+    F ev[kChunk];
+    for (int t = 0; t < at.tokens; ++t) ev[t] = x.e[t] * x.v[t];
+    Pair<F> left = {F{}, F{}}, right = left;
+    summarize(ev, x.e, at.tokens, decay.delta, left, right);
+    write_sums(s, at, s.state, x.top, left, right);
+  }
+}
+
+void carry(const Scan& s, double* state, int64_t begin, int64_t end) {
+  const int64_t nc = chunks(s), ng = groups(s), lanes = ng * kLanes;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t channel = item % ng * kLanes;
+    double* base = state + item / ng * nc * 6 * lanes + channel;
+    double decay_o[kLanes], decay_f[kLanes];
+    for (int c = 0; c < kLanes; ++c) chunk_decay(channel + c < s.C ? s.w[channel + c] : 0.0, decay_o[c], decay_f[c]);
+    for (int side = 0; side < 2; ++side) {
+      double o[kLanes], n[kLanes], d[kLanes];
+      for (int c = 0; c < kLanes; ++c) o[c] = kEmpty, n[c] = d[c] = 0;
+      for (int64_t step = 0; step < nc; ++step) {
+        double* row = base + ((side == 0 ? step : nc - 1 - step) * 6 + 3 * side) * lanes;
+        for (int c = 0; c < kLanes; ++c) {
+          const Scaled before = {o[c], n[c], d[c]};
+          const Scaled after = carry_over(before, {row[c], row[lanes + c], row[2 * lanes + c]}, decay_o[c], decay_f[c]);
+          row[c] = before.o, row[lanes + c] = before.n, row[2 * lanes + c] = before.d;
+          o[c] = after.o, n[c] = after.n, d[c] = after.d;
+        }
+      }
+    }
+  }
+}
+
+WKV_NOINLINE void emit_exact(const Scan& s, const Place& at) {
+  const Carried carried(s, at, s.state);
+  for (int c = 0; c < at.count; ++c) {
+    const Exact x(s, at, c);
+    Scaled lefts[kChunk], left = carried.left(c), right = carried.right(c);
+    double y[kChunk], den, scale;
+    for (int t = 0; t < at.tokens; ++t) {
+      lefts[t] = left;
+      push(left, x.key[t], x.v[t], 1.0, x.w2);
+    }
+    for (int t = at.tokens - 1; t >= 0; --t) {
+      y[t] = combine(lefts[t], right, x.key[t] + x.u2, x.v[t], den, scale);
+      push(right, x.key[t], x.v[t], 1.0, x.w2);
+    }
+    walk(s, at, s.y,
+         [&](int t, int64_t offset) { store_one(s.y, offset + c * s.y.channel_stride, s.accumulate, y[t]); });
+  }
+}
+
+void emit(const Scan& s, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) {
+    const Place at(s, item);
+    const Decay decay(s, at);
+    Tokens x(s, at);
+    const Carried carried(s, at, s.state);
+    I scale = x.top;
+    if (!(decay.safe && x.safe && carried.raise(scale, at.count))) {
+      emit_exact(s, at);
+      continue;
+    }
+    x.scale(scale, at.tokens);
+    Pair<F> lefts[kChunk], left, right;
+    carried.at_scale(scale, at.count, left, right);
+    for (int t = 0; t < at.tokens; ++t) {
+      lefts[t] = left;
+      push(left, x.e[t] * x.v[t], x.e[t], decay.delta);
+    }
+    F y[kChunk];
+    for (int t = at.tokens - 1; t >= 0; --t) {
+      const F ev = x.e[t] * x.v[t];
+      y[t] = (lefts[t].n + right.n + decay.bonus * ev) / (lefts[t].d + right.d + decay.bonus * x.e[t]);
+      push(right, ev, x.e[t], decay.delta);
+    }
+    walk(s, at, s.y, [&](int t, int64_t offset) { store(s.y, offset, at.count, s.accumulate, y[t]); });
+  }
+}
+
+// ---- backward ----
+//
+// With den_t at the chunk's scale, g_t = gy_t / den_t and h_t = g_t y_t are summed over both sides like e^k (v, 1)
+// were, at the negative of that scale. GL, GR (of g) and HL, HR (of h) are those states:
+//     gv_t = e^k_t (e^u g_t + GL_t + GR_t)       gk_t = v_t gv_t - e^k_t (e^u h_t + HL_t + HR_t)
+//     gu = sum_t e^(u + k_t) g_t (v_t - y_t)
+//     gw = -e^-w sum_t [GR_t Ln_t - HR_t Ld_t + GL_t Rn_t - HL_t Rd_t]
+
+WKV_NOINLINE void backward_summary_exact(const Scan& s, const Place& at) {
+  const Carried carried(s, at, s.state);
+  for (int c = 0; c < at.count; ++c) {
+    const Exact x(s, at, c);
+    double gy[kChunk], scale[kChunk];
+    walk(s, at, s.gy, [&](int t, int64_t offset) { gy[t] = load_one(s.gy, offset + c * s.gy.channel_stride); });
+    Scaled lefts[kChunk], left = carried.left(c), right = carried.right(c);
+    for (int t = 0; t < at.tokens; ++t) {
+      lefts[t] = left;
+      push(left, x.key[t], x.v[t], 1.0, x.w2);
+    }
+    Scaled gleft = {kEmpty, 0, 0}, gright = gleft;
+    double h[kChunk], den;
+    for (int t = at.tokens - 1; t >= 0; --t) {
+      const double y = combine(lefts[t], right, x.key[t] + x.u2, x.v[t], den, scale[t]);
+      gy[t] /= den;
+      h[t] = gy[t] * y;
+      push(gright, -scale[t], gy[t], h[t], x.w2);
+      push(right, x.key[t], x.v[t], 1.0, x.w2);
+    }
+    for (int t = 0; t < at.tokens; ++t) push(gleft, -scale[t], gy[t], h[t], x.w2);
+    write_sums(s, at, s.gstate, c, gleft, gright);
+  }
+}
+
+WKV_NOINLINE void backward_emit_exact(const Scan& s, const Place& at) {
+  const Carried carried(s, at, s.state), gcarried(s, at, s.gstate);
+  for (int c = 0; c < at.count; ++c) {
+    const Exact x(s, at, c);
+    double g[kChunk], h[kChunk], scale[kChunk], gk[kChunk], gv[kChunk], gw = 0, gu = 0;
+    walk(s, at, s.gy, [&](int t, int64_t offset) { g[t] = load_one(s.gy, offset + c * s.gy.channel_stride); });
+    Scaled lefts[kChunk], rights[kChunk], left = carried.left(c), right = carried.right(c);
+    Scaled gleft = gcarried.left(c), gright = gcarried.right(c);
+    for (int t = 0; t < at.tokens; ++t) {
+      lefts[t] = left;
+      push(left, x.key[t], x.v[t], 1.0, x.w2);
+    }
+    for (int t = at.tokens - 1; t >= 0; --t) {
+      double den;
+      rights[t] = right;
+      const double own = x.key[t] + x.u2, y = combine(lefts[t], right, own, x.v[t], den, scale[t]);
+      g[t] /= den;
+      h[t] = g[t] * y;
+      const double a = pow2_exact(own - scale[t]), b = pow2_exact(x.key[t] + gright.o);
+      gv[t] = a * g[t] + b * gright.n;
+      gk[t] = a * h[t] + b * gright.d;
+      gu += a * g[t] * (x.v[t] - y);
+      gw -= pow2_exact(gright.o + lefts[t].o - x.w2) * (gright.n * lefts[t].n - gright.d * lefts[t].d);
+      push(gright, -scale[t], g[t], h[t], x.w2);
+      push(right, x.key[t], x.v[t], 1.0, x.w2);
+    }
+    for (int t = 0; t < at.tokens; ++t) {
+      const double b = pow2_exact(x.key[t] + gleft.o);
+      gw -= pow2_exact(gleft.o + rights[t].o - x.w2) * (gleft.n * rights[t].n - gleft.d * rights[t].d);
+      gv[t] += b * gleft.n;
+      gk[t] = x.v[t] * gv[t] - (gk[t] + b * gleft.d);
+      push(gleft, -scale[t], g[t], h[t], x.w2);
+    }
+    walk(s, at, s.gv,
+         [&](int t, int64_t offset) { store_one(s.gv, offset + c * s.gv.channel_stride, s.accumulate, gv[t]); });
+    walk(s, at, s.gk,
+         [&](int t, int64_t offset) { store_one(s.gk, offset + c * s.gk.channel_stride, s.accumulate, gk[t]); });
+    at.partial_row(s, 0)[c] = gw;
+    at.partial_row(s, 1)[c] = gu;
+  }
+}
+
+// gy of a chunk; `safe` as for Tokens.
+struct Gradients {
+  F g[kChunk];
+  bool safe;
+
+  WKV_FN Gradients(const Scan& s, const Place& at) {
+    F largest = {};
+    I bad = {};
+    walk(s, at, s.gy, [&](int t, int64_t offset) {
+      g[t] = load(s.gy, offset, at.count);
+      largest = vmax(vabs(g[t]), largest);
+      bad |= (g[t] != g[t]);
+    });
+    safe = all_lanes(~bad, at.count) && in_range(largest, at.count);
+  }
+};
+
+void backward_summary(const Scan& s, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) {
+    const Place at(s, item);
+    const Decay decay(s, at);
+    Tokens x(s, at);
+    const Carried carried(s, at, s.state);
+    I scale = x.top;
+    if (!(decay.safe && x.safe && carried.raise(scale, at.count))) {
+      backward_summary_exact(s, at);
+      continue;
+    }
+    Gradients gy(s, at);
+    if (!gy.safe) {
+      backward_summary_exact(s, at);
+      continue;
+    }
+    x.scale(scale, at.tokens);
+    Pair<F> lefts[kChunk], left, right, gleft = {F{}, F{}}, gright = gleft;
+    carried.at_scale(scale, at.count, left, right);
+    for (int t = 0; t < at.tokens; ++t) {
+      lefts[t] = left;
+      push(left, x.e[t] * x.v[t], x.e[t], decay.delta);
+    }
+    F h[kChunk];
+    for (int t = at.tokens - 1; t >= 0; --t) {
+      const F ev = x.e[t] * x.v[t];
+      const F inverse = 1.0f / (lefts[t].d + right.d + decay.bonus * x.e[t]);
+      const F y = (lefts[t].n + right.n + decay.bonus * ev) * inverse;
+      gy.g[t] *= inverse;
+      h[t] = gy.g[t] * y;
+      push(gright, gy.g[t], h[t], decay.delta);
+      push(right, ev, x.e[t], decay.delta);
+    }
+    for (int t = 0; t < at.tokens; ++t) push(gleft, gy.g[t], h[t], decay.delta);
+    write_sums(s, at, s.gstate, -scale, gleft, gright);
+  }
+}
+
+void backward_emit(const Scan& s, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) {
+    const Place at(s, item);
+    const Decay decay(s, at);
+    Tokens x(s, at);
+    const Carried carried(s, at, s.state), gcarried(s, at, s.gstate);
+    I scale = x.top;
+    if (!(decay.safe && x.safe && carried.raise(scale, at.count) && gcarried.near(-scale, at.count))) {
+      backward_emit_exact(s, at);
+      continue;
+    }
+    Gradients gy(s, at);
+    if (!gy.safe) {
+      backward_emit_exact(s, at);
+      continue;
+    }
+    x.scale(scale, at.tokens);
+    Pair<F> lefts[kChunk], rights[kChunk], left, right, gleft, gright;
+    carried.at_scale(scale, at.count, left, right);
+    gcarried.at_scale(-scale, at.count, gleft, gright);
+    for (int t = 0; t < at.tokens; ++t) {
+      lefts[t] = left;
+      push(left, x.e[t] * x.v[t], x.e[t], decay.delta);
+    }
+    F h[kChunk], gw = {}, gu = {};
+    for (int t = at.tokens - 1; t >= 0; --t) {
+      const F ev = x.e[t] * x.v[t];
+      const F inverse = 1.0f / (lefts[t].d + right.d + decay.bonus * x.e[t]);
+      const F y = (lefts[t].n + right.n + decay.bonus * ev) * inverse;
+      const F g = gy.g[t] * inverse;
+      gy.g[t] = g;
+      h[t] = g * y;
+      gw += gright.n * lefts[t].n - gright.d * lefts[t].d;
+      gu += decay.bonus * (x.e[t] * g) * (x.v[t] - y);
+      rights[t] = right;
+      lefts[t] = {decay.bonus * g + gright.n,
+                  decay.bonus * h[t] + gright.d};  // from here on: what gv and gk have so far
+      push(gright, g, h[t], decay.delta);
+      push(right, ev, x.e[t], decay.delta);
+    }
+    for (int t = 0; t < at.tokens; ++t) {
+      gw += gleft.n * rights[t].n - gleft.d * rights[t].d;
+      const F gv = x.e[t] * (lefts[t].n + gleft.n);
+      lefts[t].d = x.v[t] * gv - x.e[t] * (lefts[t].d + gleft.d);
+      lefts[t].n = gv;
+      push(gleft, gy.g[t], h[t], decay.delta);
+    }
+    walk(s, at, s.gv, [&](int t, int64_t offset) { store(s.gv, offset, at.count, s.accumulate, lefts[t].n); });
+    walk(s, at, s.gk, [&](int t, int64_t offset) { store(s.gk, offset, at.count, s.accumulate, lefts[t].d); });
+    for (int c = 0; c < at.count; ++c) {
+      at.partial_row(s, 0)[c] = -static_cast<double>(gw[c]) * (1.0 + static_cast<double>(decay.delta[c]));
+      at.partial_row(s, 1)[c] = gu[c];
+    }
+  }
+}
+
+// Adds the chunks' shares of gw and gu up, always in the same order.
+void reduce(const Scan& s, double* gw, double* gu, int64_t begin, int64_t end) {
+  const int64_t rows = s.B * chunks(s), lanes = groups(s) * kLanes;
+  for (int64_t c = begin; c < end; ++c) {
+    double sum_w = 0, sum_u = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      sum_w += s.partial[2 * r * lanes + c];
+      sum_u += s.partial[(2 * r + 1) * lanes + c];
+    }
+    gw[c] = sum_w;
+    gu[c] = sum_u;
+  }
+}
+
+}  // namespace WKV_NAMESPACE

@@ -1,0 +1,196 @@
+// The operators as torch sees them, through torch's stable ABI: one binary for every torch from 2.10 on.
+//
+//     rwkvir::wkv           forward: y, and the states that enter each chunk, kept for the gradients
+//     rwkvir::wkv_backward  gradients of w, u, k and v
+//
+// w, u: (S, C) with S = 1 (row-major token order) or S = 2 (the sum over the row-major and the column-major order);
+// k, v: (B, H, W, C), any strides. Shapes are checked in rwkvir_arch/bi_wkv.py, which also registers the fake
+// implementations and the autograd formula.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <cstdlib>
+#include <string>
+#include <tuple>
+
+#include "bi_wkv_scan.h"
+
+#ifdef WITH_CUDA
+#include "bi_wkv_cuda.h"
+#endif
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+wkv::DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return wkv::DType::kFloat;
+    case ScalarType::Double:
+      return wkv::DType::kDouble;
+    case ScalarType::Half:
+      return wkv::DType::kHalf;
+    case ScalarType::BFloat16:
+      return wkv::DType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "bi_wkv takes float32, float64, bfloat16 or float16");
+  }
+}
+
+// A (B, H, W, C) tensor in row-major token order, or in column-major order with the middle strides exchanged.
+wkv::View view_of(const Tensor& t, bool columns) {
+  const auto stride = t.strides();
+  return {t.data_ptr(), dtype_of(t), stride[0], stride[columns ? 2 : 1], stride[columns ? 1 : 2], stride[3]};
+}
+
+Tensor as_double(const Tensor& t) { return torch::stable::contiguous(torch::stable::to(t, ScalarType::Double)); }
+
+bool is_16_bit(const Tensor& t) { return t.element_size() == 2; }
+
+// Where two scans are summed, 16-bit outputs are summed in float32 and rounded once.
+Tensor output_like(const Tensor& t, bool sum) {
+  return sum && is_16_bit(t) ? torch::stable::new_empty(t, t.sizes(), ScalarType::Float) : torch::stable::empty_like(t);
+}
+
+Tensor rounded_like(const Tensor& t, const Tensor& out) {
+  if (out.scalar_type() == t.scalar_type()) return out;
+  Tensor result = torch::stable::empty_like(t);
+  return torch::stable::copy_(result, out);
+}
+
+struct Problem {
+  int64_t scans, B, H, W, C;
+  Tensor w, u, k, v;
+
+  Problem(const Tensor& w_, const Tensor& u_, const Tensor& k_, const Tensor& v_)
+      : w(as_double(w_)), u(as_double(u_)), k(k_), v(v_) {
+    STD_TORCH_CHECK(k.dim() == 4 && v.dim() == 4 && w.dim() == 2 && u.dim() == 2,
+                    "wkv takes w, u (S, C); k, v (B, H, W, C)");
+    scans = w.sizes()[0];
+    B = k.sizes()[0], H = k.sizes()[1], W = k.sizes()[2], C = k.sizes()[3];
+    STD_TORCH_CHECK((scans == 1 || scans == 2) && u.sizes()[0] == scans, "wkv takes one or two scans");
+    STD_TORCH_CHECK(w.sizes()[1] == C && u.sizes()[1] == C, "w and u must have as many channels as k");
+    for (int i = 0; i < 4; ++i) STD_TORCH_CHECK(v.sizes()[i] == k.sizes()[i], "k and v must have one shape");
+    STD_TORCH_CHECK(k.scalar_type() == v.scalar_type(), "k and v must have one dtype");
+  }
+
+  bool empty() const { return B * H * W * C == 0; }
+
+  wkv::Scan scan(int64_t index) const {
+    const bool columns = index == 1;
+    wkv::Scan s = {};
+    s.B = B, s.outer = columns ? W : H, s.inner = columns ? H : W, s.C = C;
+    s.w = static_cast<const double*>(w.data_ptr()) + index * C;
+    s.u = static_cast<const double*>(u.data_ptr()) + index * C;
+    s.k = view_of(k, columns);
+    s.v = view_of(v, columns);
+    s.accumulate = columns;
+    return s;
+  }
+
+  // (S, B, chunks, 6, lanes), double
+  Tensor new_state() const {
+    const wkv::Scan s = scan(0);
+    const std::array<int64_t, 5> size = {scans, B, wkv::chunks(s), 6, wkv::groups(s) * wkv::kLanes};
+    return torch::stable::new_empty(k, {size.data(), size.size()}, ScalarType::Double);
+  }
+};
+
+double* scan_rows(const Tensor& t, int64_t index) {
+  return static_cast<double*>(t.data_ptr()) + index * t.strides()[0];
+}
+
+constexpr int64_t kGrain = 16;  // items of 64 tokens by 16 channels
+
+template <class Function>
+void run(int64_t items, int64_t grain, const Function& f) {
+  torch::stable::parallel_for(0, items, grain, f);
+}
+
+const wkv::CpuKernel& kernel() {
+  static const wkv::CpuKernel* const chosen = [] {
+    const char* name = std::getenv("RWKVIR_CPU");
+    const wkv::CpuKernel* k = wkv::cpu_kernel(name);
+    STD_TORCH_CHECK(k != nullptr, "RWKVIR_CPU=", name,
+                    " is not a kernel this processor runs; unset it or set it to plain");
+    return k;
+  }();
+  return *chosen;
+}
+
+std::tuple<Tensor, Tensor> wkv_cpu(Tensor w, Tensor u, Tensor k, Tensor v) {
+  const Problem p(w, u, k, v);
+  Tensor y = output_like(k, p.scans > 1), state = p.new_state();
+  for (int64_t i = 0; i < p.scans && !p.empty(); ++i) {
+    wkv::Scan s = p.scan(i);
+    s.y = view_of(y, i == 1);
+    s.state = scan_rows(state, i);
+    const int64_t lines = s.B * wkv::groups(s), items = lines * wkv::chunks(s);
+    const wkv::CpuKernel& cpu = kernel();
+    run(items, kGrain, [&](int64_t begin, int64_t end) { cpu.summary(s, begin, end); });
+    run(lines, 1, [&](int64_t begin, int64_t end) { cpu.carry(s, s.state, begin, end); });
+    run(items, kGrain, [&](int64_t begin, int64_t end) { cpu.emit(s, begin, end); });
+  }
+  return {rounded_like(k, y), state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> wkv_backward_cpu(Tensor gy, Tensor w, Tensor u, Tensor k, Tensor v,
+                                                            Tensor state) {
+  const Problem p(w, u, k, v);
+  Tensor gk = output_like(k, p.scans > 1), gv = output_like(v, p.scans > 1);
+  Tensor gw = torch::stable::new_zeros(p.w, p.w.sizes()), gu = torch::stable::new_zeros(p.u, p.u.sizes());
+  Tensor gstate = p.new_state();
+  for (int64_t i = 0; i < p.scans && !p.empty(); ++i) {
+    wkv::Scan s = p.scan(i);
+    s.gy = view_of(gy, i == 1);
+    s.gk = view_of(gk, i == 1);
+    s.gv = view_of(gv, i == 1);
+    s.state = scan_rows(state, i);
+    s.gstate = scan_rows(gstate, i);
+    const int64_t lanes = wkv::groups(s) * wkv::kLanes, rows = s.B * wkv::chunks(s);
+    const std::array<int64_t, 3> size = {rows, 2, lanes};
+    Tensor partial = torch::stable::new_empty(p.w, {size.data(), size.size()});
+    s.partial = static_cast<double*>(partial.data_ptr());
+    const int64_t lines = s.B * wkv::groups(s), items = lines * wkv::chunks(s);
+    const wkv::CpuKernel& cpu = kernel();
+    run(items, kGrain, [&](int64_t begin, int64_t end) { cpu.backward_summary(s, begin, end); });
+    run(lines, 1, [&](int64_t begin, int64_t end) { cpu.carry(s, s.gstate, begin, end); });
+    run(items, kGrain, [&](int64_t begin, int64_t end) { cpu.backward_emit(s, begin, end); });
+    double *gw_row = scan_rows(gw, i), *gu_row = scan_rows(gu, i);
+    run(s.C, 16, [&](int64_t begin, int64_t end) { cpu.reduce(s, gw_row, gu_row, begin, end); });
+  }
+  return {torch::stable::to(gw, w.scalar_type()), torch::stable::to(gu, u.scalar_type()), rounded_like(k, gk),
+          rounded_like(v, gv)};
+}
+
+// What was built and what runs, for `basicsr info`: "cpu=avx2 cuda=13000", cuda=0 for a build without it.
+std::string build_info() {
+#ifdef WITH_CUDA
+  const int cuda = wkv::cuda_version();
+#else
+  const int cuda = 0;
+#endif
+  return std::string("cpu=") + kernel().name + " cuda=" + std::to_string(cuda);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(rwkvir, m) {
+  m.def("wkv(Tensor w, Tensor u, Tensor k, Tensor v) -> (Tensor y, Tensor state)");
+  m.def(
+      "wkv_backward(Tensor gy, Tensor w, Tensor u, Tensor k, Tensor v, Tensor state)"
+      " -> (Tensor gw, Tensor gu, Tensor gk, Tensor gv)");
+  m.def("build_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rwkvir, CPU, m) {
+  m.impl("wkv", TORCH_BOX(&wkv_cpu));
+  m.impl("wkv_backward", TORCH_BOX(&wkv_backward_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rwkvir, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&build_info)); }

@@ -1,0 +1,329 @@
+"""The operator against the reference: tolerances, edge lengths, strides, dtypes, extreme values, torch's own checks."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkvir_arch import bi_wkv, bi_wkv_reference, cross_bi_wkv, cross_bi_wkv_reference
+
+# Largest error, as a share of the largest reference value. The 16-bit rows hold one rounding of the output.
+FORWARD = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+BACKWARD = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+EDGE_LENGTHS = [1, 2, 3, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200]
+
+
+@pytest.fixture(autouse=True)
+def poison_uninitialised_memory():
+    """torch.empty comes back full of NaN, so that an output nobody wrote shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def example(*shape, dtype=torch.float32, decay=3.0, key=1.0):
+    """w, u, k, v; (B, T, C) for one scan, (B, H, W, C) for two. Decays reach +-`decay` over all tokens."""
+    scans = (2,) if len(shape) == 4 else ()
+    C, T = shape[-1], max(1, math.prod(shape[1:-1]))
+    parameters = torch.float64 if dtype == torch.float64 else torch.float32
+    w = torch.empty(*scans, C, dtype=parameters).uniform_(-abs(decay), abs(decay)) / T
+    u = torch.randn(*scans, C, dtype=parameters)
+    k, v = (torch.randn(shape, dtype=parameters).mul(scale).to(dtype) for scale in (key, 1.0))
+    return [w, u, k, v]
+
+
+def gradients(function, inputs, gy):
+    inputs = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
+    y = function(*inputs)
+    return [y.detach(), *torch.autograd.grad(y, inputs, gy.to(y.dtype))]
+
+
+def assert_matches_reference(inputs, gy=None, dtype=None):
+    """Checks y and all gradients.
+
+    A gradient may be the small difference of large terms; it is then given the rounding of those terms: 1e-6 of them in
+    float32 (measured: 3e-7 at most), beside the table's share of the gradient itself.
+    """
+    cross = inputs[0].dim() == 2
+    function, reference = (cross_bi_wkv, cross_bi_wkv_reference) if cross else (bi_wkv, bi_wkv_reference)
+    dtype = dtype or inputs[2].dtype
+    gy = torch.randn(inputs[2].shape) if gy is None else gy
+    gy = gy.to(inputs[2].dtype)
+    ours = gradients(function, inputs, gy)
+    doubles = [x.double() for x in inputs]
+    theirs = gradients(reference, doubles, gy.double())
+    absolute = gradients(reference, [*doubles[:3], doubles[3].abs()], gy.double().abs())
+    terms_k = (absolute[4] * doubles[3].abs()).max().item()
+    T = inputs[2][0, ..., 0].numel()
+    terms_u = (gy.double().abs() * (doubles[3].abs().amax())).sum(dim=tuple(range(gy.dim() - 1))).max().item()
+    rounding = 1e-6 * FORWARD[dtype] / FORWARD[torch.float32]
+    assert ours[0].dtype == inputs[2].dtype and ours[0].shape == inputs[2].shape
+    for name, got, want, terms in zip(
+        ("y", "gw", "gu", "gk", "gv"), ours, theirs, (0, terms_u * T, terms_u, terms_k, 0), strict=True
+    ):
+        tolerance = (FORWARD if name == "y" else BACKWARD)[dtype]
+        if name in ("gw", "gu"):  # summed and returned in float32 also for 16-bit k and v
+            tolerance = max(BACKWARD[torch.float32], tolerance) if dtype != torch.float64 else 1e-9
+        assert got.isfinite().all(), name
+        error, size = (got.double() - want).abs().max().item(), want.abs().max().item()
+        assert error <= tolerance * size + rounding * terms, f"{name}: off by {error:.2e}, largest value {size:.2e}"
+
+
+@pytest.mark.parametrize("T", EDGE_LENGTHS)
+@pytest.mark.parametrize("C", [1, 15, 16, 17, 48])
+def test_edge_lengths(T, C):
+    assert_matches_reference(example(2, T, C))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 3), (2, 1, 70, 16), (2, 70, 1, 16), (1, 13, 21, 20), (2, 64, 8, 5)])
+def test_cross_is_the_sum_of_both_orders(shape):
+    assert_matches_reference(example(*shape))
+
+
+@pytest.mark.parametrize("dtype", FORWARD)
+@pytest.mark.parametrize("shape", [(2, 150, 20), (1, 9, 17, 20)])
+def test_dtypes(dtype, shape):
+    assert_matches_reference(example(*shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("T", [64, 1000, 4096])
+def test_decay_over_the_image(T):
+    _, u, k, v = example(1, T, 4, key=8.0)
+    w = torch.tensor([-5.0, 0.5, 20.0, 100.0]) / T
+    assert_matches_reference([w, u, k.clamp(-30, 30), v])
+
+
+def test_a_quarter_of_a_million_tokens():
+    """The longest T that has a tolerance of its own, 2e-5, against the same recurrence in float64."""
+    w, u, k, v = example(1, 262144, 4)
+    inputs = [w.abs() + 50 / 262144, u, k, v]
+    want = bi_wkv(*(x.double() for x in inputs))
+    assert (bi_wkv(*inputs).double() - want).abs().max() <= 2e-5 * want.abs().max()
+    short = [x[:, :300] if x.dim() == 3 else x for x in inputs]
+    assert torch.allclose(bi_wkv(*(x.double() for x in short)), bi_wkv_reference(*short), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("key", [1e3, 1e6, 1e10])
+def test_large_keys(key):
+    assert_matches_reference(example(1, 150, 20, key=key))
+
+
+@pytest.mark.parametrize("total_decay", [-1e4, -1e3, 1e3, 1e4])
+def test_large_decays(total_decay):
+    _, u, k, v = example(1, 150, 20)
+    assert_matches_reference([torch.rand(20) * total_decay / 150, u, k, v])
+
+
+@pytest.mark.parametrize("bonus", [-1e4, -30.0, 30.0, 1e4])
+def test_large_bonus(bonus):
+    w, _, k, v = example(1, 150, 20)
+    assert_matches_reference([w, torch.full((20,), bonus), k, v])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_values_and_gradients_of_any_size(scale):
+    w, u, k, v = example(1, 150, 20)
+    assert_matches_reference([w, u, k, v * scale])
+    assert_matches_reference([w, u, k, v], gy=torch.randn(1, 150, 20) * scale)
+
+
+@pytest.mark.parametrize("slope", [-400.0, 400.0])
+def test_ramps(slope):
+    w, u, k, v = example(1, 150, 20)
+    assert_matches_reference([w, u, k + torch.linspace(0, slope, 150)[:, None], v])
+
+
+def test_spikes():
+    w, u, k, v = example(1, 200, 20)
+    k[:, 70], k[:, 150] = 80, -1000
+    assert_matches_reference([w, u, k, v])
+
+
+def test_the_largest_finite_numbers_stay_finite():
+    largest = torch.finfo(torch.float32).max
+    for sign in (-1, 1):
+        w, u, k, v = example(1, 150, 20)
+        k[:, ::7], v[:, ::5] = sign * largest, largest / 2
+        assert bi_wkv(w, u, k, v).isfinite().all()
+        assert bi_wkv(w + sign * largest / 2, u, k, v).isfinite().all()
+
+
+def test_keys_of_minus_infinity_are_masks():
+    w, u, k, v = example(1, 130, 20)
+    k[:, 40:125] = -torch.inf
+    v[:, 60] = torch.nan
+    masked = v.masked_fill(k == -torch.inf, 0)
+    assert torch.allclose(bi_wkv(w, u, k, v).double(), bi_wkv_reference(w, u, k, masked), rtol=0, atol=2e-6)
+
+
+def test_nan_stays_in_its_channel_and_batch():
+    w, u, k, v = example(2, 130, 20)
+    k[0, 7, 3] = v[1, 80, 5] = torch.nan
+    y = bi_wkv(w, u, k, v).isnan()
+    assert y[0, :, 3].all() and y[1, :, 5].all() and y.sum() == 2 * 130
+
+
+def test_any_strides():
+    w, u, _, _ = example(2, 13, 21, 20)
+    _, _, k, v = example(2, 20, 21, 13)
+    channels_first = [x.permute(0, 3, 2, 1) for x in (k, v)]
+    expanded = [torch.randn(1, 13, 1, 20).expand(2, 13, 21, 20), torch.randn(20).expand(2, 13, 21, 20)]
+    sliced = [torch.randn(2, 26, 21, 40)[:, ::2, :, 1::2], torch.randn(2, 13, 63, 20)[:, :, ::3]]
+    for k, v in (channels_first, expanded, sliced):
+        assert_matches_reference([w, u, k, v])
+        y = cross_bi_wkv(w, u, k, v)
+        assert torch.equal(y, cross_bi_wkv(w, u, k.contiguous(), v.contiguous()))
+
+
+def test_transposing_the_image_exchanges_the_scans():
+    w, u, k, v = example(2, 13, 21, 20)
+    transposed = cross_bi_wkv(w.flip(0), u.flip(0), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    assert torch.allclose(cross_bi_wkv(w, u, k, v), transposed, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (2, 5, 0), (1, 0, 4, 3)])
+def test_empty(shape):
+    inputs = [x.requires_grad_() for x in example(*shape)]
+    y = (cross_bi_wkv if len(shape) == 4 else bi_wkv)(*inputs)
+    assert y.shape == shape
+    y.sum().backward()
+    assert all(x.grad.shape == x.shape and not x.grad.any() for x in inputs)
+
+
+@settings(max_examples=30, deadline=None)
+@given(T=st.integers(1, 200), C=st.integers(1, 40), seed=st.integers(0, 2**31), shift=st.floats(-1e3, 1e3))
+def test_symmetries(T, C, seed, shift):
+    torch.manual_seed(seed)
+    w, u, k, v = example(1, T, C)
+    y = bi_wkv(w, u, k, v)
+    tolerance = 4e-6 * max(1.0, v.abs().max().item())
+    assert torch.allclose(y, bi_wkv(w, u, k.flip(1), v.flip(1)).flip(1), rtol=0, atol=tolerance)
+    order = torch.randperm(C)
+    assert torch.allclose(
+        y[..., order], bi_wkv(w[order], u[order], k[..., order], v[..., order]), rtol=0, atol=tolerance
+    )
+    shifted = (k.double() + shift, v.double())
+    assert torch.allclose(y.double(), bi_wkv(w.double(), u.double(), *shifted), rtol=0, atol=tolerance)
+    assert (y.amax(1) <= v.amax(1) + tolerance).all() and (y.amin(1) >= v.amin(1) - tolerance).all()
+
+
+@pytest.mark.parametrize("function, shape", [(bi_wkv, (1, 70, 3)), (cross_bi_wkv, (1, 9, 8, 3))])
+def test_gradcheck(function, shape):
+    inputs = [x.requires_grad_() for x in example(*shape, dtype=torch.float64)]
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("scans", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(scans, dtype):
+    w, u, k, v = example(2, 9, 8, 20, dtype=dtype)
+    inputs = [x.requires_grad_() for x in (w[:scans].contiguous(), u[:scans].contiguous(), k, v)]
+    torch.library.opcheck(torch.ops.rwkvir.wkv, inputs)
+    torch.library.opcheck(torch.ops.rwkvir.wkv, [*inputs[:2], *(x.detach().transpose(1, 2) for x in inputs[2:])])
+    with torch.no_grad():
+        y, state = torch.ops.rwkvir.wkv(*inputs)
+    torch.library.opcheck(torch.ops.rwkvir.wkv_backward, [torch.randn_like(y), *(x.detach() for x in inputs), state])
+
+
+def test_compile():
+    inputs = example(2, 9, 8, 20)
+    gy = torch.randn(2, 9, 8, 20)
+
+    def function(w, u, k, v):
+        return cross_bi_wkv(w, u, k + 1, v).sigmoid()
+
+    compiled = torch.compile(function, fullgraph=True)
+    for got, want in zip(gradients(compiled, inputs, gy), gradients(function, inputs, gy), strict=True):
+        assert torch.allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_autocast_computes_in_float32():
+    w, u, k, v = example(1, 100, 20, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = bi_wkv(w, u, k, v)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, bi_wkv(w, u, k.float(), v.float()))
+
+
+def test_double_backward_raises():
+    inputs = [x.requires_grad_() for x in example(1, 10, 3)]
+    (gv,) = torch.autograd.grad(bi_wkv(*inputs).square().sum(), inputs[3], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gv.sum().backward()
+
+
+def test_gradients_are_the_same_for_any_number_of_threads():
+    inputs, gy = example(2, 30, 40, 20), torch.randn(2, 30, 40, 20)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            results.append(gradients(cross_bi_wkv, inputs, gy))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    """The kernels this processor would not choose, in a process that asks for them."""
+    code = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "import test_bi_wkv as t\n"
+        "from rwkvir_arch.bi_wkv import build_info\n"
+        "print(build_info()['cpu'])\n"
+        "for dtype in t.FORWARD: t.assert_matches_reference(t.example(2, 9, 17, 20, dtype=dtype))\n"
+        "t.assert_matches_reference(t.example(1, 200, 48))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "RWKVIR_CPU": isa}, capture_output=True, text=True
+    )
+    if "is not a kernel this processor runs" in run.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == isa
+
+
+def test_every_16_bit_number_comes_through():
+    bits = torch.arange(1, 65536, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.bfloat16, torch.float16):
+        v = bits.view(dtype).view(1, 1, -1)
+        v = v[v != 0].view(1, 1, -1)  # a sum turns -0 into 0
+        zero = torch.zeros(v.shape[-1])
+        y = bi_wkv(zero, zero, torch.zeros_like(v), v)  # T = 1 gives v
+        assert torch.equal(y.isnan(), v.isnan())
+        assert torch.equal(y[~v.isnan()], v[~v.isnan()])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda w, u, k, v: (w[:2], u, k, v), r"w must be \(3,\) for k of \(1, 5, 3\), got \(2,\) float32 on cpu"),
+        (lambda w, u, k, v: (w, u, k, v[:, :4]), "k and v must have one shape"),
+        (lambda w, u, k, v: (w, u, k, v.double()), "k and v must have one dtype"),
+        (lambda w, u, k, v: (w, u, k.int(), v.int()), "k must be float32, float64, bfloat16 or float16, got .* int32"),
+        (lambda w, u, k, v: (w, u, k[0], v[0]), r"k must be \(B, T, C\) or \(B, H, W, C\), got \(5, 3\)"),
+        (lambda w, u, k, v: (w, u, k.to("meta"), v), "is on cpu and k on meta"),
+    ],
+)
+def test_bad_input_says_what_was_given_and_what_is_wanted(change, message):
+    with pytest.raises(ValueError, match=message):
+        bi_wkv(*change(*example(1, 5, 3)))
+
+
+def test_a_missing_build_names_the_command(monkeypatch, tmp_path):
+    module = sys.modules["rwkvir_arch.bi_wkv"]  # the package's attribute of that name is the function
+    monkeypatch.setattr(module, "_library", tmp_path / "_C.so")
+    error = module._load()
+    assert "is not built" in error and "pip install --no-build-isolation ." in error
+    monkeypatch.setattr(module, "_build_error", error)
+    with pytest.raises(RuntimeError, match="not built"):
+        bi_wkv(*example(1, 5, 3))
