@@ -66,11 +66,71 @@ WKV_FN F split_exp(F k, I& i) {
   return (p * x) * x + (x + 1.0f);
 }
 
-// Both sums of a chunk of n items (p, q): as a left state behind its end, as a right state before its start.
+// Both sums of n items (p, q): as a left state behind their end, as a right state before their start.
 template <class F>
 WKV_FN void summarize(const F* p, const F* q, int n, F delta, Pair<F>& left, Pair<F>& right) {
   for (int t = 0; t < n; ++t) push(left, p[t], q[t], delta);
   for (int t = n - 1; t >= 0; --t) push(right, p[t], q[t], delta);
+}
+
+// What the walks below share: n tokens with e^k and v, and the states that enter them. Given one scale for all of them,
+// `left` and `right` come out behind the tokens, `lefts` holds the left state of each.
+template <class F>
+WKV_FN void walk_left(const F* e, const F* v, int n, F delta, Pair<F>& left, Pair<F>* lefts) {
+  for (int t = 0; t < n; ++t) {
+    lefts[t] = left;
+    push(left, e[t] * v[t], e[t], delta);
+  }
+}
+
+template <class F>
+WKV_FN void emit_outputs(const F* e, const F* v, int n, F delta, F bonus, const Pair<F>* lefts, Pair<F> right, F* y) {
+  for (int t = n - 1; t >= 0; --t) {
+    const F ev = e[t] * v[t];
+    y[t] = (lefts[t].n + right.n + bonus * ev) / (lefts[t].d + right.d + bonus * e[t]);
+    push(right, ev, e[t], delta);
+  }
+}
+
+// The gradients. With den_t at the tokens' scale, g_t = gy_t / den_t and h_t = g_t y_t are summed from both sides like
+// e^k (v, 1) were, at the negative of that scale. GL, GR (of g) and HL, HR (of h) are those states:
+//     gv_t = e^k_t (e^u g_t + GL_t + GR_t)       gk_t = v_t gv_t - e^k_t (e^u h_t + HL_t + HR_t)
+//     gu = sum_t e^(u + k_t) g_t (v_t - y_t)
+//     gw = -e^-w sum_t [GR_t Ln_t - HR_t Ld_t + GL_t Rn_t - HL_t Rd_t]
+// `g` comes in as gy. `rights` may be null where it is not wanted.
+template <class F>
+WKV_FN void emit_items(const F* e, const F* v, int n, F delta, F bonus, const Pair<F>* lefts, Pair<F> right, F* g, F* h,
+                       Pair<F>* rights, F* gu) {
+  for (int t = n - 1; t >= 0; --t) {
+    const F ev = e[t] * v[t];
+    const F inverse = 1.0f / (lefts[t].d + right.d + bonus * e[t]);
+    const F y = (lefts[t].n + right.n + bonus * ev) * inverse;
+    g[t] *= inverse;
+    h[t] = g[t] * y;
+    if (rights != nullptr) {
+      rights[t] = right;
+      *gu += bonus * (e[t] * g[t]) * (v[t] - y);
+    }
+    push(right, ev, e[t], delta);
+  }
+}
+
+// gleft and gright: the states of (g, h) that enter the tokens. `out` may be `lefts`.
+template <class F>
+WKV_FN void emit_gradients(const F* e, const F* v, const F* g, const F* h, int n, F delta, F bonus,
+                           const Pair<F>* lefts, const Pair<F>* rights, Pair<F> gleft, Pair<F> gright, Pair<F>* out,
+                           F* gw) {
+  for (int t = n - 1; t >= 0; --t) {
+    *gw += gright.n * lefts[t].n - gright.d * lefts[t].d;
+    out[t] = {bonus * g[t] + gright.n, bonus * h[t] + gright.d};
+    push(gright, g[t], h[t], delta);
+  }
+  for (int t = 0; t < n; ++t) {
+    *gw += gleft.n * rights[t].n - gleft.d * rights[t].d;
+    const F gv = e[t] * (out[t].n + gleft.n);
+    out[t] = {gv, v[t] * gv - e[t] * (out[t].d + gleft.d)};  // gv, gk
+    push(gleft, g[t], h[t], delta);
+  }
 }
 
 // ---- exact: one channel, double ----
@@ -99,6 +159,104 @@ WKV_FN Scaled with_whole_scale(Scaled s) {
   return {o, s.n * f, s.d * f};
 }
 
+// One channel of one chunk, with room for what a walk in one direction keeps for the walk back. Number i of token t is
+// work[(i * kChunk + t) * stride].
+struct ExactChunk {
+  static constexpr int kNumbers = 13;
+  double* work;
+  int stride, tokens;
+  double w2, u2;  // w and u in binary digits
+
+  WKV_FN double& at(int number, int t) const { return work[(number * kChunk + t) * stride]; }
+  WKV_FN double& key(int t) const { return at(0, t); }  // k in binary digits
+  WKV_FN double& v(int t) const { return at(1, t); }
+  WKV_FN double& y(int t) const { return at(2, t); }  // forward: the result
+  WKV_FN double& g(int t) const { return at(2, t); }  // backward: in as gy
+  WKV_FN double& h(int t) const { return at(3, t); }
+  WKV_FN double& scale(int t) const { return at(4, t); }
+  WKV_FN double& gk(int t) const { return at(5, t); }  // results
+  WKV_FN double& gv(int t) const { return at(6, t); }
+  WKV_FN Scaled kept(int side, int t) const { return {at(7 + 3 * side, t), at(8 + 3 * side, t), at(9 + 3 * side, t)}; }
+  WKV_FN void keep(int side, int t, const Scaled& s) const {
+    at(7 + 3 * side, t) = s.o, at(8 + 3 * side, t) = s.n, at(9 + 3 * side, t) = s.d;
+  }
+
+  WKV_FN void summarize(Scaled& left, Scaled& right) const {
+    left = right = {kEmpty, 0, 0};
+    for (int t = 0; t < tokens; ++t) push(left, key(t), v(t), 1.0, w2);
+    for (int t = tokens - 1; t >= 0; --t) push(right, key(t), v(t), 1.0, w2);
+  }
+
+  // The denominator of a token and its output, from the states around it.
+  WKV_FN double combine(const Scaled& left, const Scaled& right, int t, double& den, double& top) const {
+    const double own = key(t) + u2;
+    top = left.o > right.o ? left.o : right.o;
+    top = top > own ? top : own;
+    const double a = pow2_exact(left.o - top), b = pow2_exact(right.o - top), e = pow2_exact(own - top);
+    den = a * left.d + b * right.d + e;
+    return (a * left.n + b * right.n + (e > 0 ? e * v(t) : e)) / den;
+  }
+
+  WKV_FN void walk_left(Scaled left) const {
+    for (int t = 0; t < tokens; ++t) {
+      keep(0, t, left);
+      push(left, key(t), v(t), 1.0, w2);
+    }
+  }
+
+  WKV_FN void emit_outputs(const Scaled& left, Scaled right) const {
+    walk_left(left);
+    for (int t = tokens - 1; t >= 0; --t) {
+      double den, top;
+      y(t) = combine(kept(0, t), right, t, den, top);
+      push(right, key(t), v(t), 1.0, w2);
+    }
+  }
+
+  // g from gy, h, scale and the states on both sides of each token.
+  WKV_FN double emit_items(const Scaled& left, Scaled right) const {
+    double gu = 0;
+    walk_left(left);
+    for (int t = tokens - 1; t >= 0; --t) {
+      double den;
+      const double y = combine(kept(0, t), right, t, den, scale(t));
+      g(t) /= den;
+      h(t) = g(t) * y;
+      gu += pow2_exact(key(t) + u2 - scale(t)) * g(t) * (v(t) - y);
+      keep(1, t, right);
+      push(right, key(t), v(t), 1.0, w2);
+    }
+    return gu;
+  }
+
+  WKV_FN void summarize_items(Scaled& gleft, Scaled& gright) const {
+    gleft = gright = {kEmpty, 0, 0};
+    for (int t = 0; t < tokens; ++t) push(gleft, -scale(t), g(t), h(t), w2);
+    for (int t = tokens - 1; t >= 0; --t) push(gright, -scale(t), g(t), h(t), w2);
+  }
+
+  WKV_FN double emit_gradients(Scaled gleft, Scaled gright) const {
+    double gw = 0;
+    for (int t = tokens - 1; t >= 0; --t) {
+      const Scaled left = kept(0, t);
+      const double a = pow2_exact(key(t) + u2 - scale(t)), b = pow2_exact(key(t) + gright.o);
+      gw -= pow2_exact(gright.o + left.o - w2) * (gright.n * left.n - gright.d * left.d);
+      gv(t) = a * g(t) + b * gright.n;
+      gk(t) = a * h(t) + b * gright.d;
+      push(gright, -scale(t), g(t), h(t), w2);
+    }
+    for (int t = 0; t < tokens; ++t) {
+      const Scaled right = kept(1, t);
+      const double b = pow2_exact(key(t) + gleft.o);
+      gw -= pow2_exact(gleft.o + right.o - w2) * (gleft.n * right.n - gleft.d * right.d);
+      gv(t) += b * gleft.n;
+      gk(t) = v(t) * gv(t) - (gk(t) + b * gleft.d);
+      push(gleft, -scale(t), g(t), h(t), w2);
+    }
+    return gw;
+  }
+};
+
 // ---- carry: double, whole scales, no branches ----
 
 // 2^x for whole x <= 1023; below the range of normal numbers, zero.
@@ -107,9 +265,9 @@ WKV_FN double pow2_whole(double x) {
   return bits_to_double(e << 52);
 }
 
-// What the decay does over a whole chunk: 2^(-64 w2) = f * 2^o with o whole.
-WKV_FN void chunk_decay(double w, double& o, double& f) {
-  const double x = -w * kLog2e * kChunk;
+// What the decay does over whole chunks: e^(-w kChunk chunks) = f * 2^o with o whole.
+WKV_FN void chunk_decay(double w, double chunks, double& o, double& f) {
+  const double x = -w * kLog2e * kChunk * chunks;
   o = ::rint(x);
   f = ::exp2(x - o);
 }

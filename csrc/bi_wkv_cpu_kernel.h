@@ -289,33 +289,19 @@ WKV_FN void write_sums(const Scan& s, const Place& at, double* state, int c, Sca
 
 // ---- forward ----
 
-struct Exact {
-  double key[kChunk], v[kChunk];  // key: k in binary digits
-  double w2, u2;
-
-  WKV_FN Exact(const Scan& s, const Place& at, int c) {
-    w2 = s.w[at.channel + c] * kLog2e;
-    u2 = s.u[at.channel + c] * kLog2e;
-    walk(s, at, s.k, [&](int t, int64_t offset) { key[t] = load_one(s.k, offset + c * s.k.channel_stride) * kLog2e; });
-    walk(s, at, s.v, [&](int t, int64_t offset) { v[t] = load_one(s.v, offset + c * s.v.channel_stride); });
-  }
-};
-
-// The denominator of a token and its output, from the states around it.
-WKV_FN double combine(const Scaled& left, const Scaled& right, double own, double v, double& den, double& scale) {
-  scale = left.o > right.o ? left.o : right.o;
-  scale = scale > own ? scale : own;
-  const double a = pow2_exact(left.o - scale), b = pow2_exact(right.o - scale), e = pow2_exact(own - scale);
-  den = a * left.d + b * right.d + e;
-  return (a * left.n + b * right.n + (e > 0 ? e * v : e)) / den;
+// Keys and values of channel `c` of the group, in the caller's memory.
+WKV_FN ExactChunk load_exact(const Scan& s, const Place& at, int c, double* work) {
+  const ExactChunk x = {work, 1, at.tokens, s.w[at.channel + c] * kLog2e, s.u[at.channel + c] * kLog2e};
+  walk(s, at, s.k, [&](int t, int64_t offset) { x.key(t) = load_one(s.k, offset + c * s.k.channel_stride) * kLog2e; });
+  walk(s, at, s.v, [&](int t, int64_t offset) { x.v(t) = load_one(s.v, offset + c * s.v.channel_stride); });
+  return x;
 }
 
 WKV_NOINLINE void summary_exact(const Scan& s, const Place& at) {
+  double work[ExactChunk::kNumbers * kChunk];
   for (int c = 0; c < at.count; ++c) {
-    const Exact x(s, at, c);
-    Scaled left = {kEmpty, 0, 0}, right = left;
-    for (int t = 0; t < at.tokens; ++t) push(left, x.key[t], x.v[t], 1.0, x.w2);
-    for (int t = at.tokens - 1; t >= 0; --t) push(right, x.key[t], x.v[t], 1.0, x.w2);
+    Scaled left, right;
+    load_exact(s, at, c, work).summarize(left, right);
     write_sums(s, at, s.state, c, left, right);
   }
 }
@@ -344,7 +330,7 @@ void carry(const Scan& s, double* state, int64_t begin, int64_t end) {
     const int64_t channel = item % ng * kLanes;
     double* base = state + item / ng * nc * 6 * lanes + channel;
     double decay_o[kLanes], decay_f[kLanes];
-    for (int c = 0; c < kLanes; ++c) chunk_decay(channel + c < s.C ? s.w[channel + c] : 0.0, decay_o[c], decay_f[c]);
+    for (int c = 0; c < kLanes; ++c) chunk_decay(channel + c < s.C ? s.w[channel + c] : 0.0, 1, decay_o[c], decay_f[c]);
     for (int side = 0; side < 2; ++side) {
       double o[kLanes], n[kLanes], d[kLanes];
       for (int c = 0; c < kLanes; ++c) o[c] = kEmpty, n[c] = d[c] = 0;
@@ -363,20 +349,12 @@ void carry(const Scan& s, double* state, int64_t begin, int64_t end) {
 
 WKV_NOINLINE void emit_exact(const Scan& s, const Place& at) {
   const Carried carried(s, at, s.state);
+  double work[ExactChunk::kNumbers * kChunk];
   for (int c = 0; c < at.count; ++c) {
-    const Exact x(s, at, c);
-    Scaled lefts[kChunk], left = carried.left(c), right = carried.right(c);
-    double y[kChunk], den, scale;
-    for (int t = 0; t < at.tokens; ++t) {
-      lefts[t] = left;
-      push(left, x.key[t], x.v[t], 1.0, x.w2);
-    }
-    for (int t = at.tokens - 1; t >= 0; --t) {
-      y[t] = combine(lefts[t], right, x.key[t] + x.u2, x.v[t], den, scale);
-      push(right, x.key[t], x.v[t], 1.0, x.w2);
-    }
+    const ExactChunk x = load_exact(s, at, c, work);
+    x.emit_outputs(carried.left(c), carried.right(c));
     walk(s, at, s.y,
-         [&](int t, int64_t offset) { store_one(s.y, offset + c * s.y.channel_stride, s.accumulate, y[t]); });
+         [&](int t, int64_t offset) { store_one(s.y, offset + c * s.y.channel_stride, s.accumulate, x.y(t)); });
   }
 }
 
@@ -394,92 +372,44 @@ void emit(const Scan& s, int64_t begin, int64_t end) {
     x.scale(scale, at.tokens);
     Pair<F> lefts[kChunk], left, right;
     carried.at_scale(scale, at.count, left, right);
-    for (int t = 0; t < at.tokens; ++t) {
-      lefts[t] = left;
-      push(left, x.e[t] * x.v[t], x.e[t], decay.delta);
-    }
+    walk_left(x.e, x.v, at.tokens, decay.delta, left, lefts);
     F y[kChunk];
-    for (int t = at.tokens - 1; t >= 0; --t) {
-      const F ev = x.e[t] * x.v[t];
-      y[t] = (lefts[t].n + right.n + decay.bonus * ev) / (lefts[t].d + right.d + decay.bonus * x.e[t]);
-      push(right, ev, x.e[t], decay.delta);
-    }
+    emit_outputs(x.e, x.v, at.tokens, decay.delta, decay.bonus, lefts, right, y);
     walk(s, at, s.y, [&](int t, int64_t offset) { store(s.y, offset, at.count, s.accumulate, y[t]); });
   }
 }
 
 // ---- backward ----
-//
-// With den_t at the chunk's scale, g_t = gy_t / den_t and h_t = g_t y_t are summed over both sides like e^k (v, 1)
-// were, at the negative of that scale. GL, GR (of g) and HL, HR (of h) are those states:
-//     gv_t = e^k_t (e^u g_t + GL_t + GR_t)       gk_t = v_t gv_t - e^k_t (e^u h_t + HL_t + HR_t)
-//     gu = sum_t e^(u + k_t) g_t (v_t - y_t)
-//     gw = -e^-w sum_t [GR_t Ln_t - HR_t Ld_t + GL_t Rn_t - HL_t Rd_t]
+
+WKV_FN ExactChunk load_exact_with_gradients(const Scan& s, const Place& at, int c, double* work) {
+  const ExactChunk x = load_exact(s, at, c, work);
+  walk(s, at, s.gy, [&](int t, int64_t offset) { x.g(t) = load_one(s.gy, offset + c * s.gy.channel_stride); });
+  return x;
+}
 
 WKV_NOINLINE void backward_summary_exact(const Scan& s, const Place& at) {
   const Carried carried(s, at, s.state);
+  double work[ExactChunk::kNumbers * kChunk];
   for (int c = 0; c < at.count; ++c) {
-    const Exact x(s, at, c);
-    double gy[kChunk], scale[kChunk];
-    walk(s, at, s.gy, [&](int t, int64_t offset) { gy[t] = load_one(s.gy, offset + c * s.gy.channel_stride); });
-    Scaled lefts[kChunk], left = carried.left(c), right = carried.right(c);
-    for (int t = 0; t < at.tokens; ++t) {
-      lefts[t] = left;
-      push(left, x.key[t], x.v[t], 1.0, x.w2);
-    }
-    Scaled gleft = {kEmpty, 0, 0}, gright = gleft;
-    double h[kChunk], den;
-    for (int t = at.tokens - 1; t >= 0; --t) {
-      const double y = combine(lefts[t], right, x.key[t] + x.u2, x.v[t], den, scale[t]);
-      gy[t] /= den;
-      h[t] = gy[t] * y;
-      push(gright, -scale[t], gy[t], h[t], x.w2);
-      push(right, x.key[t], x.v[t], 1.0, x.w2);
-    }
-    for (int t = 0; t < at.tokens; ++t) push(gleft, -scale[t], gy[t], h[t], x.w2);
+    const ExactChunk x = load_exact_with_gradients(s, at, c, work);
+    Scaled gleft, gright;
+    x.emit_items(carried.left(c), carried.right(c));
+    x.summarize_items(gleft, gright);
     write_sums(s, at, s.gstate, c, gleft, gright);
   }
 }
 
 WKV_NOINLINE void backward_emit_exact(const Scan& s, const Place& at) {
   const Carried carried(s, at, s.state), gcarried(s, at, s.gstate);
+  double work[ExactChunk::kNumbers * kChunk];
   for (int c = 0; c < at.count; ++c) {
-    const Exact x(s, at, c);
-    double g[kChunk], h[kChunk], scale[kChunk], gk[kChunk], gv[kChunk], gw = 0, gu = 0;
-    walk(s, at, s.gy, [&](int t, int64_t offset) { g[t] = load_one(s.gy, offset + c * s.gy.channel_stride); });
-    Scaled lefts[kChunk], rights[kChunk], left = carried.left(c), right = carried.right(c);
-    Scaled gleft = gcarried.left(c), gright = gcarried.right(c);
-    for (int t = 0; t < at.tokens; ++t) {
-      lefts[t] = left;
-      push(left, x.key[t], x.v[t], 1.0, x.w2);
-    }
-    for (int t = at.tokens - 1; t >= 0; --t) {
-      double den;
-      rights[t] = right;
-      const double own = x.key[t] + x.u2, y = combine(lefts[t], right, own, x.v[t], den, scale[t]);
-      g[t] /= den;
-      h[t] = g[t] * y;
-      const double a = pow2_exact(own - scale[t]), b = pow2_exact(x.key[t] + gright.o);
-      gv[t] = a * g[t] + b * gright.n;
-      gk[t] = a * h[t] + b * gright.d;
-      gu += a * g[t] * (x.v[t] - y);
-      gw -= pow2_exact(gright.o + lefts[t].o - x.w2) * (gright.n * lefts[t].n - gright.d * lefts[t].d);
-      push(gright, -scale[t], g[t], h[t], x.w2);
-      push(right, x.key[t], x.v[t], 1.0, x.w2);
-    }
-    for (int t = 0; t < at.tokens; ++t) {
-      const double b = pow2_exact(x.key[t] + gleft.o);
-      gw -= pow2_exact(gleft.o + rights[t].o - x.w2) * (gleft.n * rights[t].n - gleft.d * rights[t].d);
-      gv[t] += b * gleft.n;
-      gk[t] = x.v[t] * gv[t] - (gk[t] + b * gleft.d);
-      push(gleft, -scale[t], g[t], h[t], x.w2);
-    }
+    const ExactChunk x = load_exact_with_gradients(s, at, c, work);
+    at.partial_row(s, 1)[c] = x.emit_items(carried.left(c), carried.right(c));
+    at.partial_row(s, 0)[c] = x.emit_gradients(gcarried.left(c), gcarried.right(c));
     walk(s, at, s.gv,
-         [&](int t, int64_t offset) { store_one(s.gv, offset + c * s.gv.channel_stride, s.accumulate, gv[t]); });
+         [&](int t, int64_t offset) { store_one(s.gv, offset + c * s.gv.channel_stride, s.accumulate, x.gv(t)); });
     walk(s, at, s.gk,
-         [&](int t, int64_t offset) { store_one(s.gk, offset + c * s.gk.channel_stride, s.accumulate, gk[t]); });
-    at.partial_row(s, 0)[c] = gw;
-    at.partial_row(s, 1)[c] = gu;
+         [&](int t, int64_t offset) { store_one(s.gk, offset + c * s.gk.channel_stride, s.accumulate, x.gk(t)); });
   }
 }
 
@@ -519,21 +449,10 @@ void backward_summary(const Scan& s, int64_t begin, int64_t end) {
     x.scale(scale, at.tokens);
     Pair<F> lefts[kChunk], left, right, gleft = {F{}, F{}}, gright = gleft;
     carried.at_scale(scale, at.count, left, right);
-    for (int t = 0; t < at.tokens; ++t) {
-      lefts[t] = left;
-      push(left, x.e[t] * x.v[t], x.e[t], decay.delta);
-    }
+    walk_left(x.e, x.v, at.tokens, decay.delta, left, lefts);
     F h[kChunk];
-    for (int t = at.tokens - 1; t >= 0; --t) {
-      const F ev = x.e[t] * x.v[t];
-      const F inverse = 1.0f / (lefts[t].d + right.d + decay.bonus * x.e[t]);
-      const F y = (lefts[t].n + right.n + decay.bonus * ev) * inverse;
-      gy.g[t] *= inverse;
-      h[t] = gy.g[t] * y;
-      push(gright, gy.g[t], h[t], decay.delta);
-      push(right, ev, x.e[t], decay.delta);
-    }
-    for (int t = 0; t < at.tokens; ++t) push(gleft, gy.g[t], h[t], decay.delta);
+    emit_items<F>(x.e, x.v, at.tokens, decay.delta, decay.bonus, lefts, right, gy.g, h, nullptr, nullptr);
+    summarize(gy.g, h, at.tokens, decay.delta, gleft, gright);
     write_sums(s, at, s.gstate, -scale, gleft, gright);
   }
 }
@@ -558,35 +477,13 @@ void backward_emit(const Scan& s, int64_t begin, int64_t end) {
     Pair<F> lefts[kChunk], rights[kChunk], left, right, gleft, gright;
     carried.at_scale(scale, at.count, left, right);
     gcarried.at_scale(-scale, at.count, gleft, gright);
-    for (int t = 0; t < at.tokens; ++t) {
-      lefts[t] = left;
-      push(left, x.e[t] * x.v[t], x.e[t], decay.delta);
-    }
+    walk_left(x.e, x.v, at.tokens, decay.delta, left, lefts);
     F h[kChunk], gw = {}, gu = {};
-    for (int t = at.tokens - 1; t >= 0; --t) {
-      const F ev = x.e[t] * x.v[t];
-      const F inverse = 1.0f / (lefts[t].d + right.d + decay.bonus * x.e[t]);
-      const F y = (lefts[t].n + right.n + decay.bonus * ev) * inverse;
-      const F g = gy.g[t] * inverse;
-      gy.g[t] = g;
-      h[t] = g * y;
-      gw += gright.n * lefts[t].n - gright.d * lefts[t].d;
-      gu += decay.bonus * (x.e[t] * g) * (x.v[t] - y);
-      rights[t] = right;
-      lefts[t] = {decay.bonus * g + gright.n,
-                  decay.bonus * h[t] + gright.d};  // from here on: what gv and gk have so far
-      push(gright, g, h[t], decay.delta);
-      push(right, ev, x.e[t], decay.delta);
-    }
-    for (int t = 0; t < at.tokens; ++t) {
-      gw += gleft.n * rights[t].n - gleft.d * rights[t].d;
-      const F gv = x.e[t] * (lefts[t].n + gleft.n);
-      lefts[t].d = x.v[t] * gv - x.e[t] * (lefts[t].d + gleft.d);
-      lefts[t].n = gv;
-      push(gleft, gy.g[t], h[t], decay.delta);
-    }
-    walk(s, at, s.gv, [&](int t, int64_t offset) { store(s.gv, offset, at.count, s.accumulate, lefts[t].n); });
-    walk(s, at, s.gk, [&](int t, int64_t offset) { store(s.gk, offset, at.count, s.accumulate, lefts[t].d); });
+    emit_items(x.e, x.v, at.tokens, decay.delta, decay.bonus, lefts, right, gy.g, h, rights, &gu);
+    Pair<F>* out = lefts;  // each left state is read before its place is written
+    emit_gradients(x.e, x.v, gy.g, h, at.tokens, decay.delta, decay.bonus, lefts, rights, gleft, gright, out, &gw);
+    walk(s, at, s.gv, [&](int t, int64_t offset) { store(s.gv, offset, at.count, s.accumulate, out[t].n); });
+    walk(s, at, s.gk, [&](int t, int64_t offset) { store(s.gk, offset, at.count, s.accumulate, out[t].d); });
     for (int c = 0; c < at.count; ++c) {
       at.partial_row(s, 0)[c] = -static_cast<double>(gw[c]) * (1.0 + static_cast<double>(decay.delta[c]));
       at.partial_row(s, 1)[c] = gu[c];
