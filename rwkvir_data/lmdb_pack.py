@@ -1,0 +1,123 @@
+"""Pictures into an LMDB, laid out as BasicSR reads it: X.lmdb/{data.mdb, lock.mdb, meta_info.txt}."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import lmdb
+import numpy as np
+
+BATCH_BYTES = 64 << 20  # what is held in memory and committed at once
+MAX_KEY = 511  # LMDB's own limit, in bytes
+
+
+class PackedPicture(NamedTuple):
+    """A picture ready to be stored: its key, its PNG file, its shape (H, W, C) and the level it was compressed at."""
+
+    key: str
+    png: bytes
+    shape: tuple[int, int, int]
+    compress_level: int
+
+
+def encode(key: str, picture: np.ndarray, compress_level: int = 1) -> PackedPicture:
+    """Compress a picture for `write_lmdb`; may run in any process.
+
+    Args:
+        picture: (H, W, 3) RGB or (H, W) grey, uint8; other kinds would be read back as something else.
+        compress_level: PNG's, 0 (fast) to 9 (small).
+
+    Raises:
+        ValueError: the picture is of another kind; the message names the key.
+    """
+    is_rgb = picture.ndim == 3 and picture.shape[2] == 3
+    if picture.dtype != np.uint8 or not (is_rgb or picture.ndim == 2):
+        raise ValueError(
+            f"picture '{key}' is {picture.dtype} of shape {picture.shape}, but BasicSR reads 8-bit RGB or grey; "
+            "convert it to uint8 (H, W, 3) or (H, W)."
+        )
+    bgr = picture[..., ::-1] if is_rgb else picture
+    png = cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, compress_level])[1]
+    return PackedPicture(key, png.tobytes(), (*picture.shape[:2], 3 if is_rgb else 1), compress_level)
+
+
+def write_lmdb(path: str | os.PathLike, pictures: Iterable[PackedPicture]) -> int:
+    """Store `pictures` as they come, with flat memory, and return how many there were.
+
+    The LMDB is written to `<path>.<process id>.partial` and renamed when it is whole, so that `path` never holds half
+    of one. A fault removes the partial folder; a killed process leaves it behind, and it may then be deleted.
+
+    Raises:
+        FileExistsError: `path` exists. It is not touched.
+        ValueError: `path` does not end in .lmdb, there are no pictures, or a key occurs twice, is empty,
+            longer than 511 characters, not printable ASCII, or has a dot (BasicSR cuts names at the first one).
+        OSError: the disk is full or cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".lmdb":
+        raise ValueError(f"BasicSR wants names of LMDBs to end in .lmdb, got '{path}'; rename it to '{path}.lmdb'.")
+    if path.exists():
+        raise FileExistsError(f"'{path}' exists and is left as it is; delete it or write under another name.")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        count = _write(partial, pictures)
+        if not count:
+            raise ValueError(f"there are no pictures to write to '{path}'; check where they should come from.")
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return count
+
+
+def _write(folder: Path, pictures: Iterable[PackedPicture]) -> int:
+    count = 0
+    with lmdb.open(str(folder), map_size=2 * BATCH_BYTES) as environment:
+        for batch in _batches(pictures):
+            try:
+                _commit(environment, batch)
+                with open(folder / "meta_info.txt", "a") as meta:
+                    meta.writelines(f"{key}.png ({h},{w},{c}) {level}\n" for key, _, (h, w, c), level in batch)
+            except (lmdb.Error, OSError) as error:
+                raise OSError(
+                    f"cannot write '{folder}': {error}; free space or use another disk, then start again."
+                ) from error
+            count += len(batch)
+    return count
+
+
+def _batches(pictures: Iterable[PackedPicture]) -> Iterator[list[PackedPicture]]:
+    batch, size = [], 0
+    for picture in pictures:
+        _check_key(picture.key)
+        batch.append(picture)
+        size += len(picture.png)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _check_key(key: str) -> None:
+    if not (key.isascii() and key.isprintable() and 0 < len(key) <= MAX_KEY and "." not in key):
+        raise ValueError(
+            f"'{key}' cannot be a key: BasicSR's LMDBs need 1 to {MAX_KEY} printable ASCII letters, no dot; rename it."
+        )
+
+
+def _commit(environment: lmdb.Environment, batch: list[PackedPicture]) -> None:
+    """Store a batch, all of it or nothing, with a larger map whenever the present one is full."""
+    while True:
+        try:
+            with environment.begin(write=True) as transaction:
+                for picture in batch:
+                    if not transaction.put(picture.key.encode(), picture.png, overwrite=False):
+                        raise ValueError(f"the key '{picture.key}' occurs twice; rename one of the two pictures.")
+            return
+        except lmdb.MapFullError:
+            environment.set_mapsize(2 * environment.info()["map_size"])

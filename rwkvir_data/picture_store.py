@@ -1,0 +1,104 @@
+"""Where a dataset's pictures lie, a folder or an LMDB: their keys, and the bytes of each encoded picture.
+
+A key is a picture's name without extension. A store holds names, no open file: it may be forked and pickled.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import lmdb
+
+from rwkvir import compat
+
+PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+class Folder:
+    """The pictures directly in a folder.
+
+    Raises:
+        FileNotFoundError: no such folder, or no picture in it.
+        ValueError: two pictures of one name that differ in their extension.
+    """
+
+    def __init__(self, root: str):
+        if not os.path.isdir(root):
+            raise FileNotFoundError(f"there is no folder '{root}'; correct the path or put the pictures there.")
+        self.root = root
+        self._files: dict[str, str] = {}
+        for file in os.listdir(root):
+            key, suffix = os.path.splitext(file)
+            if suffix.lower() not in PICTURE_SUFFIXES:
+                continue
+            if key in self._files:
+                both = " and ".join(sorted((file, self._files[key])))
+                raise ValueError(f"{both} in '{root}' share a name; rename one of them.")
+            self._files[key] = file
+        if not self._files:
+            raise FileNotFoundError(
+                f"folder '{root}' has no pictures ({', '.join(PICTURE_SUFFIXES)}); correct the path."
+            )
+
+    def keys(self) -> list[str]:
+        return sorted(self._files)
+
+    def path(self, key: str) -> str:
+        """What the dataset hands on as lq_path and gt_path."""
+        return os.path.join(self.root, self._files[key])
+
+    def read(self, key: str) -> bytes:
+        return Path(self.path(key)).read_bytes()
+
+
+class Lmdb:
+    """The pictures in an LMDB laid out as BasicSR's.
+
+    Raises:
+        FileNotFoundError: no such LMDB, or a part of it is missing.
+        ValueError: the name does not end in .lmdb, or, from `read`, the LMDB is damaged.
+    """
+
+    def __init__(self, root: str):
+        self.root = root.rstrip("/")
+        if not self.root.endswith(".lmdb"):
+            raise ValueError(f"'{root}' does not end in .lmdb; correct the path, or write 'type: disk' for a folder.")
+        for part in ("data.mdb", "meta_info.txt"):
+            if not os.path.isfile(os.path.join(self.root, part)):
+                raise FileNotFoundError(f"'{self.root}' has no {part}; correct the path or make the LMDB again.")
+        lines = Path(self.root, "meta_info.txt").read_text().splitlines()
+        self._keys = sorted(line.split(".")[0] for line in lines if line)
+
+    def keys(self) -> list[str]:
+        return self._keys
+
+    def path(self, key: str) -> str:
+        """What the dataset hands on as lq_path and gt_path: the key alone, as BasicSR has it."""
+        return key
+
+    def read(self, key: str) -> bytes:
+        try:
+            environment = compat.lmdb_environment(self.root)
+            # Reading behind the end of a truncated file would kill the process with SIGBUS.
+            size = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+            if os.path.getsize(os.path.join(self.root, "data.mdb")) < size:
+                raise lmdb.CorruptedError("data.mdb is truncated")
+            with environment.begin() as transaction:
+                png = transaction.get(key.encode())
+        except lmdb.Error as error:
+            raise ValueError(f"LMDB '{self.root}' cannot be read ({error}); make it again.") from error
+        if png is None:
+            raise ValueError(f"LMDB '{self.root}' lacks '{key}', which its meta_info.txt names; make it again.")
+        return png
+
+
+def open_store(root: str, backend: str) -> Folder | Lmdb:
+    """The pictures under `root`; `backend` is the `type` of BasicSR's io_backend: disk or lmdb.
+
+    Raises:
+        ValueError: another backend. See also Folder and Lmdb.
+    """
+    if backend not in ("disk", "lmdb"):
+        raise ValueError(f"io_backend type '{backend}' is unknown; write 'disk' for a folder of pictures or 'lmdb'.")
+    return Lmdb(root) if backend == "lmdb" else Folder(root)
