@@ -184,12 +184,13 @@ def shared_lmdb() -> None:
     """Symptoms: `The environment ... is already open in this process` with lmdb >= 3, when two datasets read one LMDB;
     a missing key arrives as `a bytes-like object is required, not 'NoneType'`.
 
-    Delete when BasicSR's LmdbBackend shares its environments and reports missing keys.
+    Other options of the back end (readonly, lock, readahead) are accepted and always at BasicSR's defaults. Delete when
+    BasicSR's LmdbBackend shares its environments and reports missing keys.
     """
     from basicsr.utils.file_client import FileClient, LmdbBackend
 
     class SharedLmdbBackend(LmdbBackend):
-        def __init__(self, db_paths: str | list[str], client_keys: str | list[str] = "default") -> None:
+        def __init__(self, db_paths: str | list[str], client_keys: str | list[str] = "default", **_: Any) -> None:
             paths = [db_paths] if isinstance(db_paths, str) else db_paths
             keys = [client_keys] if isinstance(client_keys, str) else client_keys
             self.paths = dict(zip(keys, paths, strict=True))

@@ -48,7 +48,12 @@ def make_lmdb(path: Path, files: list[Path]) -> None:
 
 @pytest.fixture
 def options(pictures: Path) -> dict[str, Any]:
-    """The options of a 20-iteration run of a tiny network on the CPU, to be changed by the test and then written."""
+    """The options of a tiny run, to be changed by the test and then written."""
+    return tiny_options(pictures)
+
+
+def tiny_options(pictures: Path) -> dict[str, Any]:
+    """The options of a 20-iteration run of a tiny network on the CPU."""
     data = {
         "type": "PairedImageDataset",
         "dataroot_gt": str(pictures / "gt"),
@@ -96,7 +101,9 @@ class Workspace:
         """Start `basicsr WORDS` and do not wait for it."""
         command = [sys.executable, *python, *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, cwd=self.root, env=self.environment, text=True, start_new_session=True, **pipes)
+        return subprocess.Popen(
+            command, cwd=self.root, env=self.environment, text=True, start_new_session=True, **pipes
+        )
 
     def run(self, *words: str, python: tuple[str, ...] = ("-m", "rwkvir")) -> subprocess.CompletedProcess:
         """Run `basicsr WORDS` to its end, or for two minutes."""

@@ -1,0 +1,288 @@
+"""Checks of an option file that take seconds and name in one sentence what would otherwise fail late or unclearly.
+
+Each check is a generator of findings; a new one is written as a function and joins `CHECKS`. Keys are written as
+BasicSR's --force_yml writes them: `train:optim_g:lr`.
+"""
+
+import difflib
+import inspect
+import os
+import re
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+REQUIRED = ("name", "model_type", "num_gpu", "path:", "datasets:")  # a colon at the end: a section
+REQUIRED_BY_TRAIN = (
+    "datasets:train:batch_size_per_gpu",
+    "datasets:train:num_worker_per_gpu",
+    "train:total_iter",
+    "logger:print_freq",
+    "logger:save_checkpoint_freq",
+    "logger:use_tb_logger",
+)
+REQUIRED_BY_SR_MODEL = ("network_g:type", "train:optim_g:type", "train:scheduler:type")
+REQUIRED_BY_PAIRED_DATASET = ("dataroot_gt", "dataroot_lq", "io_backend:type")
+REQUIRED_BY_PAIRED_TRAINING = ("gt_size", "use_hflip", "use_rot")
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong: the key of the option, and a sentence about it that says what to do."""
+
+    key: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.key} {self.message}"
+
+
+class OptionError(ValueError):
+    """An option file with findings. `messages` holds a sentence each; the exception's own text is all of them."""
+
+    def __init__(self, path: str, findings: list[Finding]) -> None:
+        self.messages = [f"{path}: {finding}" for finding in findings]
+        super().__init__("\n".join(self.messages))
+
+
+def load_options(path: str, forced: Collection[str] = ()) -> dict[str, Any]:
+    """The options of the YAML file `path`, after `forced`, a list of `a:b=value` as --force_yml takes them.
+
+    Raises FileNotFoundError or ValueError with a sentence for a person.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"the option file {path} does not exist; give an existing YAML file with -opt")
+    try:
+        options = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        detail = f"line {mark.line + 1}, {getattr(error, 'problem', '')}" if mark else str(error)
+        raise ValueError(f"{path} is not YAML ({detail}); correct it there") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} holds no mapping but {type(options).__name__}; start from a file in options/")
+    for entry in forced:
+        _force(options, entry)
+    return options
+
+
+def check_options(options: dict[str, Any], is_train: bool, resuming: bool = False) -> list[Finding]:
+    """All findings for one run; BasicSR's registries must hold the plugins' classes already.
+
+    Where required keys are missing, only those are reported, since the other checks read them.
+    """
+    missing = list(check_required(options, is_train))
+    return missing or [finding for check in CHECKS for finding in check(options, is_train, resuming)]
+
+
+def check_required(options: dict[str, Any], is_train: bool) -> Iterator[Finding]:
+    """Keys without which BasicSR ends in a KeyError, some of them only after hours."""
+    required = [*REQUIRED, *(REQUIRED_BY_TRAIN if is_train else ["val:save_img"])]
+    if is_train and options.get("val") is not None:
+        required += ["val:val_freq", "val:save_img"]
+    if not is_train and _get(options, "val:save_img"):
+        required.append("val:suffix")
+    for phase in options["datasets"] if isinstance(options.get("datasets"), dict) else ():
+        required += [f"datasets:{phase}:name", f"datasets:{phase}:type"]
+        if _get(options, f"datasets:{phase}:type") == "PairedImageDataset":
+            keys = REQUIRED_BY_PAIRED_DATASET + (REQUIRED_BY_PAIRED_TRAINING if phase == "train" else ())
+            required += ["scale", *(f"datasets:{phase}:{key}" for key in keys)]
+    required += [f"{network}:type" for network in options if network.startswith("network_")]
+    if is_train and _is_sr_model(options.get("model_type")):
+        required += REQUIRED_BY_SR_MODEL
+    absent = (_absent(options, key) for key in required)
+    yield from dict.fromkeys(finding for finding in absent if finding)
+    if not isinstance(options.get("name"), str | None):
+        yield Finding("name", f"is {options['name']!r}, not text; put it in quotes")
+
+
+def check_numbers(options: dict[str, Any], is_train: bool, resuming: bool) -> Iterator[Finding]:
+    """Text where a number is meant: to YAML 1.1 `1e-4` is text, and so is a `-1` given to --force_yml."""
+    for key, value in _leaves(options):
+        number = isinstance(value, str) and re.fullmatch(r"([+-]?\d+)(\.\d*)?(?:e([+-]?)(\d+))?", value, re.IGNORECASE)
+        if number and key.split(":")[-1] not in ("name", "suffix"):
+            whole, fraction, sign, exponent = number.groups()
+            literal = f"{whole}{fraction or '.0'}e{sign or '+'}{exponent} or " if exponent else ""
+            yield Finding(key, f"is the text '{value}', not a number; write {literal}!!float {value}")
+
+
+def check_types(options: dict[str, Any], is_train: bool, resuming: bool) -> Iterator[Finding]:
+    """Names that no registry knows; arguments that the named network, metric or loss does not take or still needs."""
+    from basicsr.utils import registry
+
+    yield from _check_type("model_type", options["model_type"], registry.MODEL_REGISTRY)
+    for phase, dataset in options["datasets"].items():
+        yield from _check_type(f"datasets:{phase}:type", dataset["type"], registry.DATASET_REGISTRY)
+    for network in (key for key in options if key.startswith("network_")):
+        yield from _check_built(network, options[network], registry.ARCH_REGISTRY)
+    for name, metric in (_get(options, "val:metrics") or {}).items():
+        yield from _check_built(f"val:metrics:{name}", metric, registry.METRIC_REGISTRY, given=("img", "img2"))
+    for loss in ("pixel_opt", "perceptual_opt") if is_train else ():
+        if _get(options, f"train:{loss}"):
+            yield from _check_built(f"train:{loss}", options["train"][loss], registry.LOSS_REGISTRY)
+
+
+def check_data(options: dict[str, Any], is_train: bool, resuming: bool) -> Iterator[Finding]:
+    """Folders, files and LMDBs of the datasets that are missing, empty or damaged."""
+    for phase, dataset in options["datasets"].items():
+        lmdb = _get(dataset, "io_backend:type") == "lmdb"
+        for key, value in dataset.items():
+            if key.startswith(("dataroot", "meta_info")) and value is not None:
+                for path in value if isinstance(value, list) else [value]:
+                    problem = data_problem(os.path.expanduser(str(path)), lmdb and key.startswith("dataroot"))
+                    if problem:
+                        yield Finding(f"datasets:{phase}:{key}", f"is {path}, {problem}")
+
+
+def check_path(options: dict[str, Any], is_train: bool, resuming: bool) -> Iterator[Finding]:
+    """The `path` section: files that do not exist, and the keys of which BasicSR makes folders."""
+    resuming = resuming or options["path"].get("resume_state") is not None
+    for key, value in options["path"].items():
+        ignored = resuming and "pretrain_network" in key
+        if value is not None and not ignored and ("pretrain_network" in key or key == "resume_state"):
+            if not os.path.isfile(os.path.expanduser(str(value))):
+                yield Finding(f"path:{key}", f"is {value}, which is not a file; give an existing one, or ~ for none")
+        elif not isinstance(value, str) and not re.search("strict_load|pretrain_network|resume|param_key", key):
+            yield Finding(
+                f"path:{key}", f"must be a folder, not {value!r}: BasicSR makes one of every key it does not know"
+            )
+
+
+def check_gpu(options: dict[str, Any], is_train: bool, resuming: bool) -> Iterator[Finding]:
+    """A GPU asked for where there is none. How many are needed depends on the launcher; that is left to BasicSR."""
+    import torch
+
+    wanted = options["num_gpu"]
+    if wanted != "auto" and not isinstance(wanted, int):
+        yield Finding("num_gpu", f"is {wanted!r}; write a number or auto")
+    elif wanted not in ("auto", 0) and not torch.cuda.is_available():
+        yield Finding("num_gpu", f"is {wanted}, but torch sees no CUDA device; write 0 or auto")
+
+
+CHECKS = (check_numbers, check_types, check_data, check_path, check_gpu)
+
+
+def data_problem(path: str, lmdb: bool) -> str | None:
+    """What is wrong with a dataset's file or folder (`lmdb`: an LMDB folder), as half a sentence, or None."""
+    if lmdb and not path.endswith(".lmdb"):
+        return "which does not end in .lmdb, as BasicSR's LMDB back end demands; rename it or set io_backend:type: disk"
+    if not os.path.exists(path):
+        return "which does not exist; make it or correct the path"
+    if os.path.isdir(path) and not os.listdir(path):
+        return "an empty folder; fill it or correct the path"
+    return lmdb_problem(path) if lmdb else None
+
+
+def lmdb_problem(path: str) -> str | None:
+    """What is wrong with the LMDB folder `path`, as half a sentence, or None. Reads its header and two entries."""
+    import lmdb
+
+    again = "make the LMDB again"
+    meta, data = Path(path, "meta_info.txt"), Path(path, "data.mdb")
+    for file in (meta, data):
+        if not file.is_file():
+            return f"which holds no {file.name}; {again}"
+    keys = [line.split(".")[0] for line in meta.read_text().splitlines() if line.strip()]
+    if not keys:
+        return f"whose meta_info.txt lists no pictures; {again}"
+    try:
+        with lmdb.open(path, readonly=True, lock=False) as environment:
+            # Reading a page beyond the end of a truncated file would kill the process, not raise.
+            size = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+            if data.stat().st_size < size:
+                return f"whose data.mdb has {data.stat().st_size} of its {size} bytes; copy or make it again"
+            with environment.begin() as transaction:
+                absent = [key for key in (keys[0], keys[-1]) if transaction.get(key.encode()) is None]
+    except lmdb.Error as error:
+        return f"whose data.mdb is damaged ({error}); {again}"
+    return f"whose meta_info.txt lists the key '{absent[0]}', which data.mdb does not hold; {again}" if absent else None
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """The end of a sentence about an unknown name: the known names most like it, or else all of them."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    close = [by_lower[match] for match in difflib.get_close_matches(str(name).lower(), by_lower, n=3, cutoff=0.5)]
+    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(sorted(known))}"
+
+
+def _check_type(key: str, name: str, registry: Any) -> Iterator[Finding]:
+    if name not in registry and f"{name}_basicsr" not in registry:
+        yield Finding(key, f"is '{name}', which is not a registered {registry._name}; {nearest(name, registry.keys())}")
+
+
+def _check_built(key: str, options: Any, registry: Any, given: Collection[str] = ()) -> Iterator[Finding]:
+    """Check a section that BasicSR turns into a call: `type` names what is called, the other keys are its arguments."""
+    if not isinstance(options, dict) or "type" not in options:
+        yield Finding(key, "must be a mapping with a type")
+        return
+    unknown = list(_check_type(f"{key}:type", options["type"], registry))
+    if unknown:
+        yield from unknown
+        return
+    name = options["type"] if options["type"] in registry else f"{options['type']}_basicsr"
+    yield from _check_arguments(key, registry.get(name), set(options) - {"type"}, given)
+
+
+def _check_arguments(key: str, called: Callable, names: set[str], given: Collection[str]) -> Iterator[Finding]:
+    parameters = {name: p for name, p in inspect.signature(called).parameters.items() if name not in given}
+    kinds = {parameter.kind for parameter in parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        for name in sorted(names - set(parameters)):
+            message = f"is not an option of {called.__name__}; {nearest(name, parameters)}"
+            yield Finding(f"{key}:{name}", message)
+    for name, parameter in parameters.items():
+        variadic = parameter.kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        if parameter.default is inspect.Parameter.empty and not variadic and name not in names:
+            yield Finding(f"{key}:{name}", f"is missing, and {called.__name__} has no default for it; add it")
+
+
+def _is_sr_model(name: Any) -> bool:
+    from basicsr.models.sr_model import SRModel
+    from basicsr.utils.registry import MODEL_REGISTRY
+
+    return name in MODEL_REGISTRY and issubclass(MODEL_REGISTRY.get(name), SRModel)
+
+
+def _force(options: dict[str, Any], entry: str) -> None:
+    """Set one `a:b=value` in place, reading the value as BasicSR does."""
+    from basicsr.utils.options import _postprocess_yml_value
+
+    keys, separator, value = entry.partition("=")
+    if not separator or "=" in value:
+        raise ValueError(f"--force_yml {entry} is not of the form key:subkey=value; correct it")
+    *sections, last = keys.strip().split(":")
+    section = _get(options, ":".join(sections)) if sections else options
+    if not isinstance(section, dict):
+        raise ValueError(f"--force_yml {entry}: the option file has no section {':'.join(sections)}; add it there")
+    section[last] = _postprocess_yml_value(value.strip())
+
+
+def _get(options: Any, key: str) -> Any:
+    """The value of `a:b:c`, or None where a part of it is absent."""
+    for part in key.split(":"):
+        options = options.get(part) if isinstance(options, dict) else None
+    return options
+
+
+def _absent(options: Any, key: str) -> Finding | None:
+    """A finding for the first part of `a:b:c` that is absent or no section, or None. A key `a:` asks for a section."""
+    parts = key.split(":")
+    for depth, part in enumerate(parts):
+        if not isinstance(options, dict):
+            return Finding(":".join(parts[:depth]), f"is {options!r}, not a section; write its options below it")
+        if part and part not in options:
+            return Finding(":".join(parts[: depth + 1]), "is missing; add it")
+        options = options.get(part)
+    return None
+
+
+def _leaves(options: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """All values below `options` that are neither mappings nor lists, with their keys; a list's items share its key."""
+    if isinstance(options, dict):
+        for name, value in options.items():
+            yield from _leaves(value, f"{key}:{name}" if key else str(name))
+    elif isinstance(options, list):
+        for value in options:
+            yield from _leaves(value, key)
+    else:
+        yield key, options
