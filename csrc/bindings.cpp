@@ -19,6 +19,10 @@
 #include "bi_wkv_scan.h"
 
 #ifdef WITH_CUDA
+#include <torch/csrc/stable/accelerator.h>
+
+#include <dlfcn.h>
+
 #include "bi_wkv_cuda.h"
 #endif
 
@@ -99,6 +103,13 @@ struct Problem {
     const std::array<int64_t, 5> size = {scans, B, wkv::chunks(s), 6, wkv::groups(s) * wkv::kLanes};
     return torch::stable::new_empty(k, {size.data(), size.size()}, ScalarType::Double);
   }
+
+  // (B * chunks, 2, lanes), double
+  Tensor new_partial() const {
+    const wkv::Scan s = scan(0);
+    const std::array<int64_t, 3> size = {B * wkv::chunks(s), 2, wkv::groups(s) * wkv::kLanes};
+    return torch::stable::new_empty(k, {size.data(), size.size()}, ScalarType::Double);
+  }
 };
 
 double* scan_rows(const Tensor& t, int64_t index) {
@@ -123,13 +134,19 @@ const wkv::CpuKernel& kernel() {
   return *chosen;
 }
 
+// The scan of the forward pass of `index`, with its outputs.
+wkv::Scan forward_scan(const Problem& p, int64_t index, const Tensor& y, const Tensor& state) {
+  wkv::Scan s = p.scan(index);
+  s.y = view_of(y, index == 1);
+  s.state = scan_rows(state, index);
+  return s;
+}
+
 std::tuple<Tensor, Tensor> wkv_cpu(Tensor w, Tensor u, Tensor k, Tensor v) {
   const Problem p(w, u, k, v);
   Tensor y = output_like(k, p.scans > 1), state = p.new_state();
   for (int64_t i = 0; i < p.scans && !p.empty(); ++i) {
-    wkv::Scan s = p.scan(i);
-    s.y = view_of(y, i == 1);
-    s.state = scan_rows(state, i);
+    const wkv::Scan s = forward_scan(p, i, y, state);
     const int64_t lines = s.B * wkv::groups(s), items = lines * wkv::chunks(s);
     const wkv::CpuKernel& cpu = kernel();
     run(items, kGrain, [&](int64_t begin, int64_t end) { cpu.summary(s, begin, end); });
@@ -139,34 +156,104 @@ std::tuple<Tensor, Tensor> wkv_cpu(Tensor w, Tensor u, Tensor k, Tensor v) {
   return {rounded_like(k, y), state};
 }
 
+// The tensors of the backward pass, and its scans.
+struct Gradients {
+  Tensor gy, gw, gu, gk, gv, state, gstate, partial;
+
+  Gradients(const Problem& p, const Tensor& gy_, const Tensor& state_)
+      : gy(gy_),
+        gw(torch::stable::new_zeros(p.w, p.w.sizes())),
+        gu(torch::stable::new_zeros(p.u, p.u.sizes())),
+        gk(output_like(p.k, p.scans > 1)),
+        gv(output_like(p.v, p.scans > 1)),
+        state(state_),
+        gstate(p.new_state()),
+        partial(p.new_partial()) {}
+
+  wkv::Scan scan(const Problem& p, int64_t index) const {
+    wkv::Scan s = p.scan(index);
+    s.gy = view_of(gy, index == 1);
+    s.gk = view_of(gk, index == 1);
+    s.gv = view_of(gv, index == 1);
+    s.state = scan_rows(state, index);
+    s.gstate = scan_rows(gstate, index);
+    s.partial = static_cast<double*>(partial.data_ptr());
+    return s;
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor> result(const Tensor& w, const Tensor& u, const Tensor& k,
+                                                    const Tensor& v) const {
+    return {torch::stable::to(gw, w.scalar_type()), torch::stable::to(gu, u.scalar_type()), rounded_like(k, gk),
+            rounded_like(v, gv)};
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> wkv_backward_cpu(Tensor gy, Tensor w, Tensor u, Tensor k, Tensor v,
                                                             Tensor state) {
   const Problem p(w, u, k, v);
-  Tensor gk = output_like(k, p.scans > 1), gv = output_like(v, p.scans > 1);
-  Tensor gw = torch::stable::new_zeros(p.w, p.w.sizes()), gu = torch::stable::new_zeros(p.u, p.u.sizes());
-  Tensor gstate = p.new_state();
+  const Gradients gradients(p, gy, state);
   for (int64_t i = 0; i < p.scans && !p.empty(); ++i) {
-    wkv::Scan s = p.scan(i);
-    s.gy = view_of(gy, i == 1);
-    s.gk = view_of(gk, i == 1);
-    s.gv = view_of(gv, i == 1);
-    s.state = scan_rows(state, i);
-    s.gstate = scan_rows(gstate, i);
-    const int64_t lanes = wkv::groups(s) * wkv::kLanes, rows = s.B * wkv::chunks(s);
-    const std::array<int64_t, 3> size = {rows, 2, lanes};
-    Tensor partial = torch::stable::new_empty(p.w, {size.data(), size.size()});
-    s.partial = static_cast<double*>(partial.data_ptr());
+    const wkv::Scan s = gradients.scan(p, i);
     const int64_t lines = s.B * wkv::groups(s), items = lines * wkv::chunks(s);
     const wkv::CpuKernel& cpu = kernel();
     run(items, kGrain, [&](int64_t begin, int64_t end) { cpu.backward_summary(s, begin, end); });
     run(lines, 1, [&](int64_t begin, int64_t end) { cpu.carry(s, s.gstate, begin, end); });
     run(items, kGrain, [&](int64_t begin, int64_t end) { cpu.backward_emit(s, begin, end); });
-    double *gw_row = scan_rows(gw, i), *gu_row = scan_rows(gu, i);
-    run(s.C, 16, [&](int64_t begin, int64_t end) { cpu.reduce(s, gw_row, gu_row, begin, end); });
+    double *gw = scan_rows(gradients.gw, i), *gu = scan_rows(gradients.gu, i);
+    run(s.C, 16, [&](int64_t begin, int64_t end) { cpu.reduce(s, gw, gu, begin, end); });
   }
-  return {torch::stable::to(gw, w.scalar_type()), torch::stable::to(gu, u.scalar_type()), rounded_like(k, gk),
-          rounded_like(v, gv)};
+  return gradients.result(w, u, k, v);
 }
+
+#ifdef WITH_CUDA
+
+// Looked up when it is first needed: linked in, it would keep the library from loading beside a CPU build of torch.
+void* current_stream(int32_t device) {
+  using GetStream = AOTITorchError (*)(int32_t, void**);
+  static const GetStream get = [] {
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+    void* found = torch_cuda == nullptr ? nullptr : dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream");
+    STD_TORCH_CHECK(found != nullptr, "this torch has no CUDA streams: ", dlerror());
+    return reinterpret_cast<GetStream>(found);
+  }();
+  void* stream = nullptr;
+  STD_TORCH_CHECK(get(device, &stream) == 0, "torch does not tell the current CUDA stream");
+  return stream;
+}
+
+void check_cuda(const char* error) { STD_TORCH_CHECK(error == nullptr, "bi_wkv on CUDA: ", error); }
+
+Tensor new_flags(const Problem& p) {
+  const int64_t count = wkv::cuda_flag_count(p.scan(0));
+  return torch::stable::new_empty(p.k, {&count, 1}, ScalarType::Byte);
+}
+
+std::tuple<Tensor, Tensor> wkv_cuda(Tensor w, Tensor u, Tensor k, Tensor v) {
+  const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
+  const Problem p(w, u, k, v);
+  Tensor y = output_like(k, p.scans > 1), state = p.new_state(), flags = new_flags(p);
+  for (int64_t i = 0; i < p.scans && !p.empty(); ++i) {
+    check_cuda(wkv::cuda_forward(forward_scan(p, i, y, state), static_cast<unsigned char*>(flags.data_ptr()),
+                                 current_stream(k.get_device_index())));
+  }
+  return {rounded_like(k, y), state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> wkv_backward_cuda(Tensor gy, Tensor w, Tensor u, Tensor k, Tensor v,
+                                                             Tensor state) {
+  const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
+  const Problem p(w, u, k, v);
+  const Gradients gradients(p, gy, state);
+  Tensor flags = new_flags(p);
+  for (int64_t i = 0; i < p.scans && !p.empty(); ++i) {
+    check_cuda(wkv::cuda_backward(gradients.scan(p, i), static_cast<unsigned char*>(flags.data_ptr()),
+                                  scan_rows(gradients.gw, i), scan_rows(gradients.gu, i),
+                                  current_stream(k.get_device_index())));
+  }
+  return gradients.result(w, u, k, v);
+}
+
+#endif
 
 // What was built and what runs, for `basicsr info`: "cpu=avx2 cuda=13000", cuda=0 for a build without it.
 std::string build_info() {
@@ -192,5 +279,12 @@ STABLE_TORCH_LIBRARY_IMPL(rwkvir, CPU, m) {
   m.impl("wkv", TORCH_BOX(&wkv_cpu));
   m.impl("wkv_backward", TORCH_BOX(&wkv_backward_cpu));
 }
+
+#ifdef WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(rwkvir, CUDA, m) {
+  m.impl("wkv", TORCH_BOX(&wkv_cuda));
+  m.impl("wkv_backward", TORCH_BOX(&wkv_backward_cuda));
+}
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(rwkvir, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&build_info)); }
