@@ -259,10 +259,10 @@ struct ExactChunk {
 
 // ---- carry: double, whole scales, no branches ----
 
-// 2^x for whole x <= 1023; below the range of normal numbers, zero.
+// 2^x for whole x <= 1023; below the range of normal numbers, zero. Adding 1.5 * 2^52 puts x into the lowest bits.
 WKV_FN double pow2_whole(double x) {
-  const int64_t e = static_cast<int64_t>(x > -1023 ? x : -1023.0) + 1023;
-  return bits_to_double(e << 52);
+  const double shifted = (x > -1023 ? x : -1023.0) + 6755399441055744.0;
+  return bits_to_double(static_cast<int64_t>(static_cast<uint64_t>(double_to_bits(shifted) + 1023) << 52));
 }
 
 // What the decay does over whole chunks: e^(-w kChunk chunks) = f * 2^o with o whole.

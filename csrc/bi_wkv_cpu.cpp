@@ -22,27 +22,34 @@
 #endif
 
 #define WKV_NAMESPACE wkv::plain
+#define WKV_WIDTH 4
 #include "bi_wkv_cpu_kernel.h"
 #undef WKV_NAMESPACE
+#undef WKV_WIDTH
 
 #if defined(__x86_64__)
 WKV_TARGET_BEGIN("avx2,fma")
 #define WKV_NAMESPACE wkv::avx2
+#define WKV_WIDTH 8
 #include "bi_wkv_cpu_kernel.h"
 #undef WKV_NAMESPACE
+#undef WKV_WIDTH
 WKV_TARGET_END
 
 WKV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,fma")
 #define WKV_NAMESPACE wkv::avx512
+#define WKV_WIDTH 16
 #include "bi_wkv_cpu_kernel.h"
 #undef WKV_NAMESPACE
+#undef WKV_WIDTH
 WKV_TARGET_END
 #endif
 
 namespace wkv {
 
-#define WKV_KERNEL(isa) \
-  {#isa, isa::summary, isa::carry, isa::emit, isa::backward_summary, isa::backward_emit, isa::reduce}
+#define WKV_KERNEL(isa)                                                            \
+  {#isa,      isa::kWidth,           isa::prepare,       isa::summary, isa::carry, \
+   isa::emit, isa::backward_summary, isa::backward_emit, isa::reduce}
 
 const CpuKernel* cpu_kernel(const char* name) {
   static const CpuKernel plain_kernel = WKV_KERNEL(plain);

@@ -1,11 +1,14 @@
-// The CPU kernel: 16 channels at a time as one vector. Included by bi_wkv_cpu.cpp once per instruction set.
+// The CPU kernel: as many channels at a time as fit one vector, WKV_WIDTH. Included by bi_wkv_cpu.cpp once per
+// instruction set.
 
 namespace WKV_NAMESPACE {
 
-typedef float F __attribute__((vector_size(4 * kLanes)));
-typedef int32_t I __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
-typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
+typedef float F __attribute__((vector_size(4 * WKV_WIDTH)));
+typedef int32_t I __attribute__((vector_size(4 * WKV_WIDTH)));
+typedef uint16_t H __attribute__((vector_size(2 * WKV_WIDTH)));
+typedef uint32_t U __attribute__((vector_size(4 * WKV_WIDTH)));
+
+constexpr int kWidth = WKV_WIDTH;
 
 WKV_FN I to_int(F x) { return __builtin_convertvector(x, I); }
 WKV_FN double magnitude(double x) { return __builtin_fabs(x); }
@@ -71,12 +74,12 @@ WKV_FN H to_half(F x) {
   return __builtin_convertvector(sign | value, H);
 }
 
-// ---- rows of 16 channels ----
+// ---- rows of kWidth channels ----
 
 template <class V, class T>
 WKV_FN V load_lanes(const T* p, int64_t stride, int count) {
   V x = {};
-  if (stride == 1 && count == kLanes) {
+  if (stride == 1 && count == kWidth) {
     __builtin_memcpy(&x, p, sizeof(V));
   } else {
     for (int c = 0; c < count; ++c) x[c] = p[c * stride];
@@ -86,7 +89,7 @@ WKV_FN V load_lanes(const T* p, int64_t stride, int count) {
 
 template <class V, class T>
 WKV_FN void store_lanes(T* p, int64_t stride, int count, V x) {
-  if (stride == 1 && count == kLanes) {
+  if (stride == 1 && count == kWidth) {
     __builtin_memcpy(p, &x, sizeof(V));
   } else {
     for (int c = 0; c < count; ++c) p[c * stride] = x[c];
@@ -133,16 +136,16 @@ struct Place {
   int64_t lanes;              // channels a state row holds
 
   WKV_FN Place(const Scan& s, int64_t item) {
-    const int64_t ng = groups(s), nc = chunks(s), first = item / ng % nc * kChunk;
-    channel = item % ng * kLanes;
+    const int64_t ng = channel_groups(s, kWidth), nc = chunks(s), first = item / ng % nc * kChunk;
+    channel = item % ng * kWidth;
     chunk = item / ng % nc;
     b = item / ng / nc;
     const int64_t left_tokens = s.outer * s.inner - first, left_channels = s.C - channel;
     tokens = static_cast<int>(left_tokens < kChunk ? left_tokens : kChunk);
-    count = static_cast<int>(left_channels < kLanes ? left_channels : kLanes);
+    count = static_cast<int>(left_channels < kWidth ? left_channels : kWidth);
     outer = first / s.inner;
     inner = first % s.inner;
-    lanes = ng * kLanes;
+    lanes = padded_channels(s);
   }
 
   WKV_FN double* state_row(const Scan& s, double* state, int field) const {
@@ -178,25 +181,36 @@ WKV_FN bool in_range(F largest, int count) {
   return all_lanes((largest == 0.0f) | ((largest >= kMinValue) & (largest <= kMaxValue)), count);
 }
 
+// What `prepare` worked out for the channels of a group.
 struct Decay {
   F delta, bonus;  // expm1(-w), e^u
   bool safe;
 
-  WKV_FN Decay(const Scan& s, const Place& at) : delta{}, bonus{}, safe(true) {
-    for (int c = 0; c < at.count; ++c) {
-      const double w = s.w[at.channel + c], u = s.u[at.channel + c];
-      safe = safe && __builtin_fabs(w) <= kMaxDecay && __builtin_fabs(u) <= kMaxBonus;
-      delta[c] = static_cast<float>(::expm1(-w));
-      bonus[c] = static_cast<float>(::exp(u));
-    }
+  WKV_FN Decay(const Scan& s, const Place& at) {
+    const int64_t lanes = padded_channels(s);
+    F flag;
+    __builtin_memcpy(&delta, s.rates + at.channel, sizeof delta);
+    __builtin_memcpy(&bonus, s.rates + lanes + at.channel, sizeof bonus);
+    __builtin_memcpy(&flag, s.rates + 2 * lanes + at.channel, sizeof flag);
+    safe = all_lanes(flag != 0.0f, kWidth);
   }
 };
+
+void prepare(const Scan& s) {
+  const int64_t lanes = padded_channels(s);
+  for (int64_t c = 0; c < lanes; ++c) {
+    const double w = c < s.C ? s.w[c] : 0.0, u = c < s.C ? s.u[c] : 0.0;
+    s.rates[c] = static_cast<float>(::expm1(-w));
+    s.rates[lanes + c] = static_cast<float>(::exp(u));
+    s.rates[2 * lanes + c] = magnitude(w) <= kMaxDecay && magnitude(u) <= kMaxBonus;
+  }
+}
 
 // The keys and values of a chunk, in float lanes. `safe` says whether the lanes may go on with them.
 struct Tokens {
   F e[kChunk], v[kChunk];  // e: first r of e^k = r 2^i, then e^k at the chunk's scale
   I i[kChunk];
-  I top;  // the largest i
+  I top = I{} - 1000000;  // the largest i
   bool safe;
 
   WKV_FN Tokens(const Scan& s, const Place& at) : safe(s.k.dtype != DType::kDouble) {
@@ -216,7 +230,6 @@ struct Tokens {
     });
     safe = all_lanes((largest_k <= kMaxKey) & ~bad, at.count) && in_range(largest_v, at.count);
     if (!safe) return;
-    top = I{} - 1000000;
     for (int t = 0; t < at.tokens; ++t) {
       e[t] = split_exp<F, I>(e[t], i[t]);
       top = vmax(top, i[t]);
@@ -239,31 +252,33 @@ struct Carried {
   WKV_FN Scaled left(int c) const { return {row[0][c], row[1][c], row[2][c]}; }
   WKV_FN Scaled right(int c) const { return {row[3][c], row[4][c], row[5][c]}; }
 
-  // Raises `scale` to the larger of the two; false if that is too far from where it was.
-  WKV_FN bool raise(I& scale, int count) const {
-    bool near = true;
-    for (int c = 0; c < count; ++c) {
-      const double o = row[0][c] > row[3][c] ? row[0][c] : row[3][c];
-      near = near && o - scale[c] <= kMaxSpread;
-      scale[c] = near && o > scale[c] ? static_cast<int32_t>(o) : scale[c];
-    }
-    return near;
+  // The larger of the two scales, as float: exact wherever it is near enough for the lanes.
+  WKV_FN F top() const {
+    float o[kWidth];
+    for (int c = 0; c < kWidth; ++c) o[c] = static_cast<float>(row[0][c] > row[3][c] ? row[0][c] : row[3][c]);
+    F x;
+    __builtin_memcpy(&x, o, sizeof x);
+    return x;
   }
   WKV_FN bool near(I scale, int count) const {
-    for (int c = 0; c < count; ++c) {
-      if (!(row[0][c] - scale[c] <= kMaxSpread && row[3][c] - scale[c] <= kMaxSpread)) return false;
-    }
+    return all_lanes(top() - __builtin_convertvector(scale, F) <= static_cast<float>(kMaxSpread), count);
+  }
+  // Raises `scale` to the larger of the two; false if that is too far from where it was.
+  WKV_FN bool raise(I& scale, int count) const {
+    if (!near(scale, count)) return false;
+    scale = to_int(vmax(top(), __builtin_convertvector(scale, F)));
     return true;
   }
-  WKV_FN void at_scale(I scale, int count, Pair<F>& left, Pair<F>& right) const {
-    left = right = {F{}, F{}};
-    for (int c = 0; c < count; ++c) {
-      const double l = pow2_whole(row[0][c] - scale[c]), r = pow2_whole(row[3][c] - scale[c]);
-      left.n[c] = static_cast<float>(row[1][c] * l);
-      left.d[c] = static_cast<float>(row[2][c] * l);
-      right.n[c] = static_cast<float>(row[4][c] * r);
-      right.d[c] = static_cast<float>(row[5][c] * r);
-    }
+  WKV_FN void at_scale(I scale, Pair<F>& left, Pair<F>& right) const {
+    left = {scaled(0, 1, scale), scaled(0, 2, scale)};
+    right = {scaled(3, 4, scale), scaled(3, 5, scale)};
+  }
+  WKV_FN F scaled(int o, int value, I scale) const {
+    float out[kWidth];
+    for (int c = 0; c < kWidth; ++c) out[c] = static_cast<float>(row[value][c] * pow2_whole(row[o][c] - scale[c]));
+    F x;
+    __builtin_memcpy(&x, out, sizeof x);
+    return x;
   }
 };
 
@@ -271,7 +286,7 @@ WKV_FN void write_sums(const Scan& s, const Place& at, double* state, I scale, c
                        const Pair<F>& right) {
   double* row[6];
   for (int f = 0; f < 6; ++f) row[f] = at.state_row(s, state, f);
-  for (int c = 0; c < kLanes; ++c) {
+  for (int c = 0; c < kWidth; ++c) {
     row[0][c] = row[3][c] = scale[c];
     row[1][c] = left.n[c];
     row[2][c] = left.d[c];
@@ -325,7 +340,7 @@ void summary(const Scan& s, int64_t begin, int64_t end) {
 }
 
 void carry(const Scan& s, double* state, int64_t begin, int64_t end) {
-  const int64_t nc = chunks(s), ng = groups(s), lanes = ng * kLanes;
+  const int64_t nc = chunks(s), ng = channel_groups(s, kLanes), lanes = padded_channels(s);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t channel = item % ng * kLanes;
     double* base = state + item / ng * nc * 6 * lanes + channel;
@@ -371,7 +386,7 @@ void emit(const Scan& s, int64_t begin, int64_t end) {
     }
     x.scale(scale, at.tokens);
     Pair<F> lefts[kChunk], left, right;
-    carried.at_scale(scale, at.count, left, right);
+    carried.at_scale(scale, left, right);
     walk_left(x.e, x.v, at.tokens, decay.delta, left, lefts);
     F y[kChunk];
     emit_outputs(x.e, x.v, at.tokens, decay.delta, decay.bonus, lefts, right, y);
@@ -448,7 +463,7 @@ void backward_summary(const Scan& s, int64_t begin, int64_t end) {
     }
     x.scale(scale, at.tokens);
     Pair<F> lefts[kChunk], left, right, gleft = {F{}, F{}}, gright = gleft;
-    carried.at_scale(scale, at.count, left, right);
+    carried.at_scale(scale, left, right);
     walk_left(x.e, x.v, at.tokens, decay.delta, left, lefts);
     F h[kChunk];
     emit_items<F>(x.e, x.v, at.tokens, decay.delta, decay.bonus, lefts, right, gy.g, h, nullptr, nullptr);
@@ -475,8 +490,8 @@ void backward_emit(const Scan& s, int64_t begin, int64_t end) {
     }
     x.scale(scale, at.tokens);
     Pair<F> lefts[kChunk], rights[kChunk], left, right, gleft, gright;
-    carried.at_scale(scale, at.count, left, right);
-    gcarried.at_scale(-scale, at.count, gleft, gright);
+    carried.at_scale(scale, left, right);
+    gcarried.at_scale(-scale, gleft, gright);
     walk_left(x.e, x.v, at.tokens, decay.delta, left, lefts);
     F h[kChunk], gw = {}, gu = {};
     emit_items(x.e, x.v, at.tokens, decay.delta, decay.bonus, lefts, right, gy.g, h, rights, &gu);
@@ -493,7 +508,7 @@ void backward_emit(const Scan& s, int64_t begin, int64_t end) {
 
 // Adds the chunks' shares of gw and gu up, always in the same order.
 void reduce(const Scan& s, double* gw, double* gu, int64_t begin, int64_t end) {
-  const int64_t rows = s.B * chunks(s), lanes = groups(s) * kLanes;
+  const int64_t rows = s.B * chunks(s), lanes = padded_channels(s);
   for (int64_t c = begin; c < end; ++c) {
     double sum_w = 0, sum_u = 0;
     for (int64_t r = 0; r < rows; ++r) {

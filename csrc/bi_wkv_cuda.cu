@@ -86,8 +86,8 @@ struct Place {
   int64_t chunks, lanes;
 
   __device__ Place(const Scan& s, int64_t row, int64_t channel_) {
-    chunks = (s.outer * s.inner + kChunk - 1) / kChunk;
-    lanes = (s.C + kLanes - 1) / kLanes * kLanes;
+    chunks = wkv::chunks(s);
+    lanes = padded_channels(s);
     b = row / chunks;
     chunk = row % chunks;
     first = chunk * kChunk;
@@ -412,7 +412,7 @@ __global__ void __launch_bounds__(kExactChannels) exact_kernel(Scan s, const uns
 __global__ void __launch_bounds__(kCarryThreads) carry_kernel(Scan s, double* state) {
   __shared__ Scaled sums[kCarryThreads];
   const int64_t side = blockIdx.x % 2, channel = blockIdx.x / 2 % s.C, b = blockIdx.x / 2 / s.C;
-  const Place start(s, b * ((s.outer * s.inner + kChunk - 1) / kChunk), channel);
+  const Place start(s, b * chunks(s), channel);
   const int64_t run = (start.chunks + kCarryThreads - 1) / kCarryThreads;
   const int64_t begin = min(threadIdx.x * run, start.chunks), end = min(begin + run, start.chunks);
   double decay_o, decay_f;
@@ -448,12 +448,11 @@ __global__ void __launch_bounds__(kCarryThreads) carry_kernel(Scan s, double* st
 
 __global__ void __launch_bounds__(kCarryThreads) reduce_kernel(Scan s, double* gw, double* gu) {
   __shared__ double sums[kCarryThreads];
-  const int64_t chunks = (s.outer * s.inner + kChunk - 1) / kChunk, lanes = (s.C + kLanes - 1) / kLanes * kLanes;
+  const int64_t rows = s.B * chunks(s), lanes = padded_channels(s);
   const int field = blockIdx.x % 2;
   const int64_t channel = blockIdx.x / 2;
   double sum = 0;
-  for (int64_t r = threadIdx.x; r < s.B * chunks; r += kCarryThreads)
-    sum += s.partial[(2 * r + field) * lanes + channel];
+  for (int64_t r = threadIdx.x; r < rows; r += kCarryThreads) sum += s.partial[(2 * r + field) * lanes + channel];
   sums[threadIdx.x] = sum;
   __syncthreads();
   for (int half = kCarryThreads / 2; half > 0; half /= 2) {

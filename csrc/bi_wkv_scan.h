@@ -3,6 +3,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define WKV_EVERYWHERE __host__ __device__
+#else
+#define WKV_EVERYWHERE
+#endif
+
 namespace wkv {
 
 enum class DType : int { kFloat, kDouble, kHalf, kBFloat16 };
@@ -22,6 +28,7 @@ struct Scan {
   View k, v;
   View y;           // forward: out
   View gy, gk, gv;  // backward: in, out, out
+  float* rates;     // (3, lanes): expm1(-w), e^u, and whether float will do; only the CPU kernels have it
   // (B, chunks, 6, lanes): o, n, d of the state that enters each chunk from the left, then from the right.
   double* state;
   double* gstate;   // backward: the same for the states of (gy / den, y gy / den)
@@ -30,20 +37,24 @@ struct Scan {
 };
 
 constexpr int kChunkTokens = 64;
-constexpr int kLanes = 16;
+constexpr int kLanes = 16;  // state rows are padded to a multiple of this
 
-inline int64_t chunks(const Scan& s) { return (s.outer * s.inner + kChunkTokens - 1) / kChunkTokens; }
-inline int64_t groups(const Scan& s) { return (s.C + kLanes - 1) / kLanes; }
+WKV_EVERYWHERE inline int64_t chunks(const Scan& s) { return (s.outer * s.inner + kChunkTokens - 1) / kChunkTokens; }
+WKV_EVERYWHERE inline int64_t channel_groups(const Scan& s, int64_t width) { return (s.C + width - 1) / width; }
+WKV_EVERYWHERE inline int64_t padded_channels(const Scan& s) { return channel_groups(s, kLanes) * kLanes; }
 
-// The phases, in this order: summary, carry, emit; then, for the gradients, backward_summary, carry (of gstate),
-// backward_emit, reduce. Items of a phase are independent of each other and may run in any order, on any thread.
+// `prepare` first; then the phases in this order: summary, carry, emit; then, for the gradients, backward_summary,
+// carry (of gstate), backward_emit, reduce. Items of a phase are independent of each other and may run in any order, on
+// any thread.
 struct CpuKernel {
   const char* name;
-  void (*summary)(const Scan&, int64_t begin, int64_t end);                         // items: B * chunks * groups
-  void (*carry)(const Scan&, double* state, int64_t begin, int64_t end);            // items: B * groups
-  void (*emit)(const Scan&, int64_t begin, int64_t end);                            // items: B * chunks * groups
-  void (*backward_summary)(const Scan&, int64_t begin, int64_t end);                // items: B * chunks * groups
-  void (*backward_emit)(const Scan&, int64_t begin, int64_t end);                   // items: B * chunks * groups
+  int width;                                                              // channels at a time
+  void (*prepare)(const Scan&);                                           // fills rates
+  void (*summary)(const Scan&, int64_t begin, int64_t end);               // items: B * chunks * groups of width
+  void (*carry)(const Scan&, double* state, int64_t begin, int64_t end);  // items: B * groups of kLanes
+  void (*emit)(const Scan&, int64_t begin, int64_t end);                  // items: B * chunks * groups of width
+  void (*backward_summary)(const Scan&, int64_t begin, int64_t end);      // items: B * chunks * groups of width
+  void (*backward_emit)(const Scan&, int64_t begin, int64_t end);         // items: B * chunks * groups of width
   void (*reduce)(const Scan&, double* gw, double* gu, int64_t begin, int64_t end);  // items: C
 };
 

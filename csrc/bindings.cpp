@@ -97,30 +97,29 @@ struct Problem {
     return s;
   }
 
+  // (3, lanes), float
+  Tensor new_rates() const {
+    const std::array<int64_t, 2> size = {3, wkv::padded_channels(scan(0))};
+    return torch::stable::new_empty(k, {size.data(), size.size()}, ScalarType::Float);
+  }
+
   // (S, B, chunks, 6, lanes), double
   Tensor new_state() const {
     const wkv::Scan s = scan(0);
-    const std::array<int64_t, 5> size = {scans, B, wkv::chunks(s), 6, wkv::groups(s) * wkv::kLanes};
+    const std::array<int64_t, 5> size = {scans, B, wkv::chunks(s), 6, wkv::padded_channels(s)};
     return torch::stable::new_empty(k, {size.data(), size.size()}, ScalarType::Double);
   }
 
   // (B * chunks, 2, lanes), double
   Tensor new_partial() const {
     const wkv::Scan s = scan(0);
-    const std::array<int64_t, 3> size = {B * wkv::chunks(s), 2, wkv::groups(s) * wkv::kLanes};
+    const std::array<int64_t, 3> size = {B * wkv::chunks(s), 2, wkv::padded_channels(s)};
     return torch::stable::new_empty(k, {size.data(), size.size()}, ScalarType::Double);
   }
 };
 
 double* scan_rows(const Tensor& t, int64_t index) {
   return static_cast<double*>(t.data_ptr()) + index * t.strides()[0];
-}
-
-constexpr int64_t kGrain = 16;  // items of 64 tokens by 16 channels
-
-template <class Function>
-void run(int64_t items, int64_t grain, const Function& f) {
-  torch::stable::parallel_for(0, items, grain, f);
 }
 
 const wkv::CpuKernel& kernel() {
@@ -134,6 +133,33 @@ const wkv::CpuKernel& kernel() {
   return *chosen;
 }
 
+// Runs the phases of one scan on the CPU, over torch's threads.
+struct CpuRun {
+  static constexpr int64_t kGrain = 1 << 14;  // elements worth a thread
+
+  const wkv::CpuKernel& cpu = kernel();
+  Tensor rates;
+  wkv::Scan s;
+  int64_t items, lines;
+
+  CpuRun(const Problem& p, wkv::Scan scan) : rates(p.new_rates()), s(scan) {
+    s.rates = static_cast<float*>(rates.data_ptr());
+    lines = s.B * wkv::channel_groups(s, wkv::kLanes);
+    items = s.B * wkv::chunks(s) * wkv::channel_groups(s, cpu.width);
+    cpu.prepare(s);
+  }
+  void phase(void (*f)(const wkv::Scan&, int64_t, int64_t)) const {
+    const int64_t grain = kGrain / (wkv::kChunkTokens * cpu.width);
+    torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { f(s, begin, end); });
+  }
+  void carry(double* state) const {
+    torch::stable::parallel_for(0, lines, 1, [&](int64_t begin, int64_t end) { cpu.carry(s, state, begin, end); });
+  }
+  void reduce(double* gw, double* gu) const {
+    torch::stable::parallel_for(0, s.C, 16, [&](int64_t begin, int64_t end) { cpu.reduce(s, gw, gu, begin, end); });
+  }
+};
+
 // The scan of the forward pass of `index`, with its outputs.
 wkv::Scan forward_scan(const Problem& p, int64_t index, const Tensor& y, const Tensor& state) {
   wkv::Scan s = p.scan(index);
@@ -146,12 +172,10 @@ std::tuple<Tensor, Tensor> wkv_cpu(Tensor w, Tensor u, Tensor k, Tensor v) {
   const Problem p(w, u, k, v);
   Tensor y = output_like(k, p.scans > 1), state = p.new_state();
   for (int64_t i = 0; i < p.scans && !p.empty(); ++i) {
-    const wkv::Scan s = forward_scan(p, i, y, state);
-    const int64_t lines = s.B * wkv::groups(s), items = lines * wkv::chunks(s);
-    const wkv::CpuKernel& cpu = kernel();
-    run(items, kGrain, [&](int64_t begin, int64_t end) { cpu.summary(s, begin, end); });
-    run(lines, 1, [&](int64_t begin, int64_t end) { cpu.carry(s, s.state, begin, end); });
-    run(items, kGrain, [&](int64_t begin, int64_t end) { cpu.emit(s, begin, end); });
+    const CpuRun run(p, forward_scan(p, i, y, state));
+    run.phase(run.cpu.summary);
+    run.carry(run.s.state);
+    run.phase(run.cpu.emit);
   }
   return {rounded_like(k, y), state};
 }
@@ -193,14 +217,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> wkv_backward_cpu(Tensor gy, Tensor w,
   const Problem p(w, u, k, v);
   const Gradients gradients(p, gy, state);
   for (int64_t i = 0; i < p.scans && !p.empty(); ++i) {
-    const wkv::Scan s = gradients.scan(p, i);
-    const int64_t lines = s.B * wkv::groups(s), items = lines * wkv::chunks(s);
-    const wkv::CpuKernel& cpu = kernel();
-    run(items, kGrain, [&](int64_t begin, int64_t end) { cpu.backward_summary(s, begin, end); });
-    run(lines, 1, [&](int64_t begin, int64_t end) { cpu.carry(s, s.gstate, begin, end); });
-    run(items, kGrain, [&](int64_t begin, int64_t end) { cpu.backward_emit(s, begin, end); });
-    double *gw = scan_rows(gradients.gw, i), *gu = scan_rows(gradients.gu, i);
-    run(s.C, 16, [&](int64_t begin, int64_t end) { cpu.reduce(s, gw, gu, begin, end); });
+    const CpuRun run(p, gradients.scan(p, i));
+    run.phase(run.cpu.backward_summary);
+    run.carry(run.s.gstate);
+    run.phase(run.cpu.backward_emit);
+    run.reduce(scan_rows(gradients.gw, i), scan_rows(gradients.gu, i));
   }
   return gradients.result(w, u, k, v);
 }

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkvir_arch import bi_wkv, bi_wkv_reference, cross_bi_wkv, cross_bi_wkv_reference
+from rwkvir_arch.bi_wkv import build_info
 
 # Largest error, as a share of the largest reference value. The 16-bit rows hold one rounding of the output.
 FORWARD = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -18,8 +19,21 @@ BACKWARD = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2**-7, to
 EDGE_LENGTHS = [1, 2, 3, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200]
 
 
+@pytest.fixture(
+    autouse=True,
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))],
+)
+def device(request):
+    """Every test of this file runs on each device there is: tensors are made on it unless they say otherwise."""
+    if request.param == "cuda" and build_info()["cuda"] is None:
+        pytest.fail("there is a GPU, and the operator was built for the CPU only; set CUDA_HOME and build it again")
+    torch.set_default_device(request.param)
+    yield request.param
+    torch.set_default_device(None)
+
+
 @pytest.fixture(autouse=True)
-def poison_uninitialised_memory():
+def poison_uninitialised_memory(device):
     """torch.empty comes back full of NaN, so that an output nobody wrote shows."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
@@ -244,9 +258,9 @@ def test_compile():
         assert torch.allclose(got, want, rtol=1e-4, atol=1e-6)
 
 
-def test_autocast_computes_in_float32():
+def test_autocast_computes_in_float32(device):
     w, u, k, v = example(1, 100, 20, dtype=torch.bfloat16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         y = bi_wkv(w, u, k, v)
     assert y.dtype == torch.float32
     assert torch.equal(y, bi_wkv(w, u, k.float(), v.float()))
