@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from rwkvir import compat
+
 REQUIRED = ("name", "model_type", "num_gpu", "path:", "datasets:")  # a colon at the end: a section
 REQUIRED_BY_TRAIN = (
     "datasets:train:batch_size_per_gpu",
@@ -186,13 +188,8 @@ def lmdb_problem(path: str) -> str | None:
     if not keys:
         return f"whose meta_info.txt lists no pictures; {again}"
     try:
-        with lmdb.open(path, readonly=True, lock=False) as environment:
-            # Reading a page beyond the end of a truncated file would kill the process, not raise.
-            size = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-            if data.stat().st_size < size:
-                return f"whose data.mdb has {data.stat().st_size} of its {size} bytes; copy or make it again"
-            with environment.begin() as transaction:
-                absent = [key for key in (keys[0], keys[-1]) if transaction.get(key.encode()) is None]
+        with compat.lmdb_environment(path).begin() as transaction:
+            absent = [key for key in (keys[0], keys[-1]) if transaction.get(key.encode()) is None]
     except lmdb.Error as error:
         return f"whose data.mdb is damaged ({error}); {again}"
     return f"whose meta_info.txt lists the key '{absent[0]}', which data.mdb does not hold; {again}" if absent else None

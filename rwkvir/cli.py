@@ -20,7 +20,7 @@ COMMANDS = {
     "train": Command("rwkvir.pipeline:train", "train a network with BasicSR's own loop", takes_debug=True),
     "test": Command("rwkvir.pipeline:test", "test a network with BasicSR's own loop", takes_debug=True),
     "info": Command("rwkvir.cli:info", "show versions, devices, plugins and what they registered"),
-    "demo": Command("rwkvir.demo:main", "restore one's own pictures"),
+    "demo": Command("rwkvir.demo:main", "train a small network in minutes and show what it has learnt"),
 }
 
 # Exceptions of these types carry a sentence for a person; the name of any other type is part of the message.

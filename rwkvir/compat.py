@@ -160,23 +160,33 @@ def forked_workers() -> None:
         torch.multiprocessing.set_start_method("fork")
 
 
-_environments: dict[str, tuple[int, Any]] = {}
+_environments: dict[str, tuple[Any, Any]] = {}
 
 
 def lmdb_environment(path: str) -> Any:
     """The one read-only, lock-free `lmdb.Environment` of the LMDB folder `path` in this process, opened at first use.
 
-    One that came over in a fork is closed (in this process only) and opened anew. Raises lmdb.Error.
+    One that came over in a fork, or whose file has been replaced since, is closed (in this process only) and opened
+    anew. Raises lmdb.Error, also for a file that is shorter than its header says: reading behind its end would kill the
+    process with SIGBUS.
     """
     import lmdb
 
     path = os.path.realpath(path)
-    pid, environment = _environments.get(path, (0, None))
-    if pid != os.getpid():
+    try:
+        file = os.stat(os.path.join(path, "data.mdb"))
+    except OSError as error:
+        raise lmdb.Error(f"data.mdb: {error.strerror}") from error
+    opened_as = os.getpid(), file.st_dev, file.st_ino
+    was, environment = _environments.get(path, (None, None))
+    if was != opened_as:
         if environment is not None:
             environment.close()
         environment = lmdb.open(path, readonly=True, lock=False, readahead=False)
-        _environments[path] = os.getpid(), environment
+        _environments[path] = opened_as, environment
+    size = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    if file.st_size < size:
+        raise lmdb.CorruptedError(f"data.mdb is truncated: {file.st_size} of {size} bytes")
     return environment
 
 

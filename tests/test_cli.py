@@ -164,7 +164,7 @@ def truncate(data: Path) -> None:
         (lambda path: (path / "meta_info.txt").write_text(""), "lists no pictures"),
         (lambda path: (path / "meta_info.txt").write_text("zebra.png (1,1,3) 1\n"), "lists the key 'zebra'"),
         (lambda path: (path / "data.mdb").write_bytes(bytes(16384)), "is damaged"),
-        (lambda path: truncate(path / "data.mdb"), "has 9000 of its "),
+        (lambda path: truncate(path / "data.mdb"), "data.mdb is truncated: 9000 of "),
     ],
 )
 def test_a_bad_lmdb_is_named(capsys, tmp_path, pictures, options, harm, expected):

@@ -302,7 +302,7 @@ def test_a_truncated_lmdb(lmdbs, tmp_path):
     file = tmp_path / "gt.lmdb" / "data.mdb"
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
-    fails(lmdbs, ValueError, r"LMDB '.*gt.lmdb' cannot be read \(data.mdb is truncated\); make it again")
+    fails(lmdbs, ValueError, r"LMDB '.*gt.lmdb' cannot be read \(data.mdb is truncated: .* bytes\); make it again")
 
 
 def test_an_lmdb_that_lacks_a_key(lmdbs, tmp_path):
