@@ -106,7 +106,7 @@ def info(argv: list[str]) -> int:
         names = "; ".join(f"{registry} {', '.join(names)}" for registry, names in plugin.registered.items())
         print(f"plugin {plugin.name} (module {plugin.module} of {plugin.distribution} {plugin.version}): {names}")
     build = importlib.import_module("rwkvir_arch.bi_wkv").build_info()
-    _print_facts({f"operator {key}": value for key, value in build.items()})
+    _print_facts({f"operator {key}": value or "none" for key, value in build.items()})
     return 0
 
 

@@ -138,12 +138,12 @@ def demo() -> str:
         },
         batch=8,
         workers=1,
-        budget=Budget(2000, (1000, 1500, 1800, 1900), "ours"),
+        budget=Budget(3000, (1500, 2300, 2750, 2900), "ours"),
         print_freq=50,
         save_freq=250,
     )
-    options["datasets"]["train"]["gt_size"] = 48 * scale
-    options["train"]["optim_g"]["lr"] = 1e-3
+    options["datasets"]["train"]["gt_size"] = 32 * scale
+    options["train"]["optim_g"]["lr"] = 8e-4
     header = f"""
         The demo: a small RWKV-IR, x{scale}, trained for minutes on the pictures that `basicsr demo` makes.
 

@@ -61,7 +61,7 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, with what was given and what is wanted.
-        RuntimeError: the operator is not built, or not for this device.
+        NotImplementedError: the operator is not built, or not for this device.
     """
     if k.dim() not in (3, 4):
         raise ValueError(f"bi_wkv: k must be (B, T, C) or (B, H, W, C), got {_describe(k)}")
@@ -99,7 +99,7 @@ def build_info() -> dict[str, str | None]:
     info: dict[str, str | None] = {"path": str(_library), "cpu": None, "cuda": None, "error": None}
     try:
         _require_build()
-    except RuntimeError as error:
+    except NotImplementedError as error:
         return {**info, "error": str(error)}
     cpu, cuda = (field.split("=")[1] for field in torch.ops.rwkvir.build_info().split())
     version = int(cuda)
@@ -127,23 +127,26 @@ def _check(name: str, w: Tensor, u: Tensor, k: Tensor, v: Tensor, parameters: tu
 
 def _wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One or two scans, w, u: (S, C), of k, v: (B, H, W, C)."""
-    if _build_error is not None:
-        raise RuntimeError(_build_error)
-    if k.device.type == "cuda" and not _built_for_cuda:
-        raise RuntimeError(
-            "the Bi-WKV operator is built for the CPU only, and k is on a GPU. Set CUDA_HOME to a CUDA toolkit of "
-            f"torch's version ({torch.version.cuda}) and run `{BUILD_COMMAND}` in rwkvir's source again"
-        )
-    if k.device.type not in ("cpu", "cuda"):
-        raise RuntimeError(
-            f"the Bi-WKV operator runs on CPU and CUDA, not on {k.device.type}; move the tensors to the CPU"
-        )
+    _require_build()
+    _require_device(k.device.type)
     return torch.ops.rwkvir.wkv(w, u, k, v)[0]
 
 
 def _require_build() -> None:
     if _build_error is not None:
-        raise RuntimeError(_build_error)
+        raise NotImplementedError(_build_error)
+
+
+def _require_device(kind: str) -> None:
+    if kind == "cuda" and not _built_for_cuda:
+        raise NotImplementedError(
+            "the Bi-WKV operator is built for the CPU only, and k is on a GPU. Set CUDA_HOME to a CUDA toolkit of "
+            f"torch's version ({torch.version.cuda}) and run `{BUILD_COMMAND}` in rwkvir's source folder again"
+        )
+    if kind not in ("cpu", "cuda"):
+        raise NotImplementedError(
+            f"the Bi-WKV operator runs on CPU and CUDA, not on {kind}; move the tensors to the CPU"
+        )
 
 
 def _load() -> str | None:

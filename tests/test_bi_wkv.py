@@ -339,5 +339,14 @@ def test_a_missing_build_names_the_command(monkeypatch, tmp_path):
     error = module._load()
     assert "is not built" in error and "pip install --no-build-isolation ." in error
     monkeypatch.setattr(module, "_build_error", error)
-    with pytest.raises(RuntimeError, match="not built"):
+    with pytest.raises(NotImplementedError, match="not built"):
         bi_wkv(*example(1, 5, 3))
+
+
+def test_other_devices_say_what_to_do(monkeypatch):
+    module = sys.modules["rwkvir_arch.bi_wkv"]
+    monkeypatch.setattr(module, "_built_for_cuda", False)
+    with pytest.raises(NotImplementedError, match=r"built for the CPU only.*Set CUDA_HOME"):
+        module._require_device("cuda")
+    with pytest.raises(NotImplementedError, match="not on mps; move the tensors to the CPU"):
+        module._require_device("mps")
