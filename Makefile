@@ -15,7 +15,7 @@ demo: $(VENV)/.rwkvir
 test: $(VENV)/.rwkvir-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/clang-format --dry-run --Werror csrc/* tests/cuda_on_cpu/*
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow"
 
@@ -28,7 +28,7 @@ bench: $(VENV)/.rwkvir
 format: $(VENV)/.rwkvir-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*
+	$(BIN)/clang-format -i csrc/* tests/cuda_on_cpu/*
 
 options: $(VENV)/.rwkvir
 	$(BIN)/python -m rwkvir.standard options

@@ -25,12 +25,14 @@ constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kEmpty = -1e300;  // the scale of a state that has seen no token
 
 // Where the lanes are safe. A chunk may then grow or shrink a state by at most e^20 and the bonus u by e^20 more, which
-// together with a spread of 2^kMaxSpread between the states that meet in it stays inside float's range.
-constexpr float kMaxDecay = 20.0f / kChunk;                 // |w|
-constexpr float kMaxBonus = 20.0f;                          // |u|
-constexpr float kMaxKey = 4096.0f;                          // |k|: the range reduction below is exact up to here
-constexpr double kMaxSpread = 60;                           // binary digits
-constexpr float kMinValue = 0x1p-80f, kMaxValue = 0x1p40f;  // |v|, |gy|: the largest of a chunk, or it is zero
+// together with a spread of 2^kMaxSpread between the states that meet in it stays inside float's range. The narrowest
+// place is e^u h = e^u gy y / den: y is a mean of values, den no less than e^-20 / (2 kMaxValue), which leaves 2^8.
+constexpr float kMaxDecay = 20.0f / kChunk;                     // |w|
+constexpr float kMaxBonus = 20.0f;                              // |u|
+constexpr float kMaxKey = 4096.0f;                              // |k|: the range reduction below is exact up to here
+constexpr double kMaxSpread = 60;                               // binary digits
+constexpr float kMaxValue = 0x1p20f;                            // |v|, |gy|: the largest of a chunk
+constexpr float kMinValue = 0x1p-40f, kMinGradient = 0x1p-60f;  // of v and of gy, unless all of them are zero
 
 // A state (n, d) times 2^o. The lanes keep o apart (one per chunk), the exact way keeps it here.
 template <class F>
@@ -41,6 +43,9 @@ struct Pair {
 struct Scaled {
   double o, n, d;
 };
+
+// Whether the values a state has summed were, in the mean, such as the lanes take. They may be of other chunks.
+WKV_FN bool is_moderate(const Scaled& s) { return magnitude(s.n) <= kMaxValue * s.d; }
 
 // ---- lanes: F is float, or a vector of floats with one channel each ----
 

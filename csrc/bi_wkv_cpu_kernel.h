@@ -177,8 +177,8 @@ WKV_FN bool all_lanes(I condition, int count) {
   return true;
 }
 
-WKV_FN bool in_range(F largest, int count) {
-  return all_lanes((largest == 0.0f) | ((largest >= kMinValue) & (largest <= kMaxValue)), count);
+WKV_FN bool in_range(F largest, float least, int count) {
+  return all_lanes((largest == 0.0f) | ((largest >= least) & (largest <= kMaxValue)), count);
 }
 
 // What `prepare` worked out for the channels of a group.
@@ -228,7 +228,7 @@ struct Tokens {
       largest_v = vmax(vabs(v[t]), largest_v);
       bad |= (v[t] != v[t]);
     });
-    safe = all_lanes((largest_k <= kMaxKey) & ~bad, at.count) && in_range(largest_v, at.count);
+    safe = all_lanes((largest_k <= kMaxKey) & ~bad, at.count) && in_range(largest_v, kMinValue, at.count);
     if (!safe) return;
     for (int t = 0; t < at.tokens; ++t) {
       e[t] = split_exp<F, I>(e[t], i[t]);
@@ -263,9 +263,15 @@ struct Carried {
   WKV_FN bool near(I scale, int count) const {
     return all_lanes(top() - __builtin_convertvector(scale, F) <= static_cast<float>(kMaxSpread), count);
   }
-  // Raises `scale` to the larger of the two; false if that is too far from where it was.
+  WKV_FN bool moderate(int count) const {
+    for (int c = 0; c < count; ++c) {
+      if (!is_moderate(left(c)) || !is_moderate(right(c))) return false;
+    }
+    return true;
+  }
+  // Raises `scale` to the larger of the two; false if that is too far from where it was, or they are not moderate.
   WKV_FN bool raise(I& scale, int count) const {
-    if (!near(scale, count)) return false;
+    if (!near(scale, count) || !moderate(count)) return false;
     scale = to_int(vmax(top(), __builtin_convertvector(scale, F)));
     return true;
   }
@@ -441,7 +447,7 @@ struct Gradients {
       largest = vmax(vabs(g[t]), largest);
       bad |= (g[t] != g[t]);
     });
-    safe = all_lanes(~bad, at.count) && in_range(largest, at.count);
+    safe = all_lanes(~bad, at.count) && in_range(largest, kMinGradient, at.count);
   }
 };
 

@@ -49,6 +49,9 @@ constexpr int kCarryThreads = 128;
 
 __device__ __forceinline__ float pow2(int i) { return __int_as_float((max(i, -127) + 127) << 23); }
 
+// A key out of range, which float will not do for anyhow, as one whose binary digits are still a sensible int.
+__device__ __forceinline__ float clamp_key(float k) { return fminf(fmaxf(k, -kMaxKey), kMaxKey); }
+
 // ---- memory ----
 
 __device__ __forceinline__ double load(const View& a, int64_t offset) {
@@ -126,8 +129,8 @@ struct Shared {
   Pair<float> left[kWarps][kChannels], right[kWarps][kChannels];
 };
 
-__device__ __forceinline__ bool in_range(float largest) {
-  return largest == 0 || (largest >= kMinValue && largest <= kMaxValue);
+__device__ __forceinline__ bool in_range(float largest, float least) {
+  return largest == 0 || (largest >= least && largest <= kMaxValue);
 }
 
 // Eight tokens of one channel, and what the whole chunk knows. Threads beyond C or T hold zeros and take part in every
@@ -160,7 +163,7 @@ struct Segment {
       largest_v = fmaxf(largest_v, fabsf(v[t]));
       largest_g = fmaxf(largest_g, fabsf(g[t]));
       bad = bad || k != k || v[t] != v[t] || g[t] != g[t];
-      e[t] = split_exp<float, int>(k, i[t]);
+      e[t] = split_exp<float, int>(clamp_key(k), i[t]);
       top = max(top, i[t]);
     }
     shared.largest[0][warp][lane] = bad ? 2 * kMaxKey : largest_k;
@@ -174,8 +177,8 @@ struct Segment {
       largest_g = fmaxf(largest_g, shared.largest[2][j][lane]);
       top = max(top, shared.top[j][lane]);
     }
-    safe = fabs(w) <= kMaxDecay && fabs(u) <= kMaxBonus && largest_k <= kMaxKey && in_range(largest_v) &&
-           in_range(largest_g);
+    safe = fabs(w) <= kMaxDecay && fabs(u) <= kMaxBonus && largest_k <= kMaxKey && in_range(largest_v, kMinValue) &&
+           in_range(largest_g, kMinGradient);
     delta = static_cast<float>(expm1(-w));
     delta8 = static_cast<float>(expm1(-w * kTokens));
     bonus = static_cast<float>(exp(u));
@@ -221,13 +224,13 @@ __device__ __forceinline__ Pair<float> at_scale(const Scaled& s, double scale) {
   return {static_cast<float>(s.n * f), static_cast<float>(s.d * f)};
 }
 
-// The states that enter this thread's tokens, at the scale that e then has too. False where they are too far apart.
+// The states that enter this thread's tokens, at the scale that e then has too.
 __device__ __forceinline__ void enter_chunk(Segment& x, const Place& at, Shared& shared, double* state,
                                             Pair<float>& left, Pair<float>& right) {
   Scaled l = {kEmpty, 0, 0}, r = l;
   if (x.active) l = at.left(state), r = at.right(state);
   const double o = l.o > r.o ? l.o : r.o;
-  x.safe = x.safe && o - x.top <= kMaxSpread;
+  x.safe = x.safe && o - x.top <= kMaxSpread && is_moderate(l) && is_moderate(r);
   if (x.safe && o > x.top) x.rescale(static_cast<int>(o));
   float p[kTokens];
   for (int t = 0; t < kTokens; ++t) p[t] = x.e[t] * x.v[t];
@@ -352,13 +355,14 @@ __device__ bool exact_needed(const Scan& s, const Place& at, Phase phase) {
     largest_v = fmaxf(largest_v, fabsf(v));
     largest_g = fmaxf(largest_g, fabsf(g));
     int i;
-    split_exp<float, int>(k, i);
+    split_exp<float, int>(clamp_key(k), i);
     top = max(top, i);
   }
-  if (!(largest_k <= kMaxKey && in_range(largest_v) && in_range(largest_g))) return true;
+  if (!(largest_k <= kMaxKey && in_range(largest_v, kMinValue) && in_range(largest_g, kMinGradient))) return true;
   if (phase == Phase::kSummary) return false;
-  const double l = *at.number(s.state, 0), r = *at.number(s.state, 3), o = l > r ? l : r;
-  if (!(o - top <= kMaxSpread)) return true;
+  const Scaled l = at.left(s.state), r = at.right(s.state);
+  const double o = l.o > r.o ? l.o : r.o;
+  if (!(o - top <= kMaxSpread && is_moderate(l) && is_moderate(r))) return true;
   if (phase != Phase::kBackwardEmit) return false;
   const double scale = o > top ? static_cast<int>(o) : top;
   return !(*at.number(s.gstate, 0) + scale <= kMaxSpread && *at.number(s.gstate, 3) + scale <= kMaxSpread);

@@ -103,10 +103,11 @@ struct Problem {
     return torch::stable::new_empty(k, {size.data(), size.size()}, ScalarType::Float);
   }
 
-  // (S, B, chunks, 6, lanes), double
+  // (S, B, chunks, 6, lanes), double; zero where rows have lanes beyond C, which not every kernel writes.
   Tensor new_state() const {
     const wkv::Scan s = scan(0);
     const std::array<int64_t, 5> size = {scans, B, wkv::chunks(s), 6, wkv::padded_channels(s)};
+    if (size[4] != C) return torch::stable::new_zeros(k, {size.data(), size.size()}, ScalarType::Double);
     return torch::stable::new_empty(k, {size.data(), size.size()}, ScalarType::Double);
   }
 

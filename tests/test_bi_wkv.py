@@ -1,5 +1,6 @@
 """The operator against the reference: tolerances, edge lengths, strides, dtypes, extreme values, torch's own checks."""
 
+import itertools
 import math
 import os
 import subprocess
@@ -146,6 +147,31 @@ def test_values_and_gradients_of_any_size(scale):
     w, u, k, v = example(1, 150, 20)
     assert_matches_reference([w, u, k, v * scale])
     assert_matches_reference([w, u, k, v], gy=torch.randn(1, 150, 20) * scale)
+
+
+def limits_of_float():
+    """w, u, k, v and gy up to where csrc/bi_wkv.h gives them to the float kernels, and beyond."""
+    for size, grown, decay, bonus, slope in itertools.product(
+        (2e-12, 1e-12, 1.0, 1e6, 7e11), (1e-18, 1e6, 7e11), (-0.31, 0.31), (-20.0, 20.0), (-1.0, 0.0, 0.3)
+    ):
+        _, _, k, v = example(1, 130, 3)
+        w, u = torch.full((3,), decay), torch.full((3,), bonus)
+        k = k + slope * torch.arange(130)[:, None]
+        yield [w, u, k, v.clamp(-1, 1) * size], torch.randn(1, 130, 3).clamp(-1, 1) * grown
+
+
+def large_values_in_the_neighbouring_chunk():
+    _, u, k, v = example(1, 128, 3)
+    v[:, :64] *= 1e30
+    k[:, 64:127] -= 20
+    k[:, 127] = 31
+    return [torch.full((3,), 0.31), u, k, v]
+
+
+def test_the_limits_of_float():
+    for inputs, gy in limits_of_float():
+        assert_matches_reference(inputs, gy=gy)
+    assert_matches_reference(large_values_in_the_neighbouring_chunk())
 
 
 @pytest.mark.parametrize("slope", [-400.0, 400.0])
