@@ -13,6 +13,7 @@ import yaml
 from torch._utils import ExceptionWrapper
 
 from rwkvir import cli, pipeline
+from rwkvir.command_line import sentence
 
 Options = dict[str, Any]
 
@@ -301,4 +302,4 @@ def test_an_error_of_a_worker_is_the_one_that_the_worker_had(error, expected):
         passed_on = ExceptionWrapper(where="in DataLoader worker process 0")
     with pytest.raises(Exception, match=r"Caught \w+ in DataLoader worker process 0") as caught:
         passed_on.reraise()
-    assert cli.sentence(caught.value) == expected
+    assert sentence(caught.value) == expected
