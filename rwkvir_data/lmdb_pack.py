@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +48,16 @@ def encode(key: str, picture: np.ndarray, compress_level: int = 1) -> PackedPict
 
 
 def write_lmdb(path: str | os.PathLike, pictures: Iterable[PackedPicture]) -> int:
-    """Store `pictures` as they come, with flat memory, and return how many there were.
+    """Store `pictures` as they come, and return how many there were; see `lmdb_writer`."""
+    with lmdb_writer(path) as writer:
+        for picture in pictures:
+            writer.add(picture)
+    return writer.count
+
+
+@contextmanager
+def lmdb_writer(path: str | os.PathLike) -> Iterator[_Writer]:
+    """An LMDB that is filled picture by picture, with flat memory: `with lmdb_writer(path) as w: w.add(picture)`.
 
     The LMDB is written to `<path>.<process id>.partial` and renamed when it is whole, so that `path` never holds half
     of one. A fault removes the partial folder; a killed process leaves it behind, and it may then be deleted.
@@ -66,41 +76,46 @@ def write_lmdb(path: str | os.PathLike, pictures: Iterable[PackedPicture]) -> in
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        count = _write(partial, pictures)
-        if not count:
+        with lmdb.open(str(partial), map_size=2 * BATCH_BYTES) as environment:
+            writer = _Writer(partial, environment)
+            yield writer
+            writer.commit()
+        if not writer.count:
             raise ValueError(f"there are no pictures to write to '{path}'; check where they should come from.")
         partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return count
 
 
-def _write(folder: Path, pictures: Iterable[PackedPicture]) -> int:
-    count = 0
-    with lmdb.open(str(folder), map_size=2 * BATCH_BYTES) as environment:
-        for batch in _batches(pictures):
-            try:
-                _commit(environment, batch)
-                with open(folder / "meta_info.txt", "a") as meta:
-                    meta.writelines(f"{key}.png ({h},{w},{c}) {level}\n" for key, _, (h, w, c), level in batch)
-            except (lmdb.Error, OSError) as error:
-                raise OSError(
-                    f"cannot write '{folder}': {error}; free space or use another disk, then start again."
-                ) from error
-            count += len(batch)
-    return count
+class _Writer:
+    """Collects pictures and stores them batch by batch."""
 
+    def __init__(self, folder: Path, environment: lmdb.Environment) -> None:
+        self.count = 0
+        self._folder, self._environment = folder, environment
+        self._batch: list[PackedPicture] = []
+        self._batch_bytes = 0
 
-def _batches(pictures: Iterable[PackedPicture]) -> Iterator[list[PackedPicture]]:
-    batch, size = [], 0
-    for picture in pictures:
+    def add(self, picture: PackedPicture) -> None:
+        """Store a picture, now or together with those that follow."""
         _check_key(picture.key)
-        batch.append(picture)
-        size += len(picture.png)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    yield batch
+        self.count += 1
+        self._batch.append(picture)
+        self._batch_bytes += len(picture.png)
+        if self._batch_bytes >= BATCH_BYTES:
+            self.commit()
+
+    def commit(self) -> None:
+        """Store what has been collected."""
+        try:
+            _commit(self._environment, self._batch)
+            with open(self._folder / "meta_info.txt", "a") as meta:
+                meta.writelines(f"{key}.png ({h},{w},{c}) {level}\n" for key, _, (h, w, c), level in self._batch)
+        except (lmdb.Error, OSError) as error:
+            raise OSError(
+                f"cannot write '{self._folder}': {error}; free space or use another disk, then start again."
+            ) from error
+        self._batch, self._batch_bytes = [], 0
 
 
 def _check_key(key: str) -> None:
