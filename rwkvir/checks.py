@@ -124,6 +124,18 @@ def check_types(options: dict[str, Any], is_train: bool, resuming: bool) -> Iter
             yield from _check_built(f"train:{loss}", options["train"][loss], registry.LOSS_REGISTRY)
 
 
+def check_sampler(options: dict[str, Any], is_train: bool, resuming: bool) -> Iterator[Finding]:
+    """The sampler of the training set: its name, its arguments, and the seed that all processes draw from."""
+    from rwkvir_data.samplers import SAMPLER_REGISTRY
+
+    sampler = _get(options, "datasets:train:sampler")
+    if is_train and sampler is not None:
+        given = ("dataset", "num_replicas", "rank", "ratio", "run")
+        yield from _check_built("datasets:train:sampler", sampler, SAMPLER_REGISTRY, given)
+        if options.get("manual_seed") is None:
+            yield Finding("manual_seed", "is missing, from which the sampler of datasets:train draws; add a number")
+
+
 def check_data(options: dict[str, Any], is_train: bool, resuming: bool) -> Iterator[Finding]:
     """Folders, files and LMDBs of the datasets that are missing, empty or damaged."""
     for phase, dataset in options["datasets"].items():
@@ -161,7 +173,7 @@ def check_gpu(options: dict[str, Any], is_train: bool, resuming: bool) -> Iterat
         yield Finding("num_gpu", f"is {wanted}, but torch sees no CUDA device; write 0 or auto")
 
 
-CHECKS = (check_numbers, check_types, check_data, check_path, check_gpu)
+CHECKS = (check_numbers, check_types, check_sampler, check_data, check_path, check_gpu)
 
 
 def data_problem(path: str, lmdb: bool) -> str | None:

@@ -36,6 +36,7 @@ def patch_training() -> None:
     whole_checkpoints()
     checkpoint_mismatch()
     exact_training_length()
+    samplers()
     archive_names()
 
 
@@ -387,10 +388,39 @@ def exact_training_length() -> None:
                 "lower batch_size_per_gpu or raise dataset_enlarge_ratio"
             )
         done = opt.get("resume", {"epoch": 0, "iter": 0})
-        epochs = math.ceil((total_iters - done["iter"]) / len(loader))
+        begun_at = done["iter"] - getattr(sampler, "skipped", 0)  # the epoch to resume
+        epochs = math.ceil((total_iters - begun_at) / len(loader))
         logger.info(f"An epoch has {len(loader)} full batches; {epochs} epochs reach iteration {total_iters}.")
         last_epoch = done["epoch"] + epochs - 1
         return loader, sampler, val_loaders, last_epoch, total_iters
+
+    basicsr.train.create_train_val_dataloader = create_train_val_dataloader
+
+
+def samplers() -> None:
+    """Symptom: BasicSR has registries for all but samplers, and its loop draws by EnlargedSampler alone.
+
+    The option `datasets:train:sampler` names one of SAMPLER_REGISTRY and gives its options; without it the stock one
+    remains. Delete when BasicSR's create_train_val_dataloader reads such an option.
+    """
+    import basicsr.train
+
+    from rwkvir_data.samplers import SAMPLER_REGISTRY, Run
+
+    stock_create, stock_sampler = basicsr.train.create_train_val_dataloader, basicsr.train.EnlargedSampler
+
+    def create_train_val_dataloader(opt: dict, logger: Any) -> tuple:
+        train = opt["datasets"]["train"]
+        basicsr.train.EnlargedSampler = stock_sampler
+        if train.get("sampler"):
+            options = dict(train["sampler"])
+            done = opt.get("resume", {"epoch": 0, "iter": 0})
+            batch_size = train["batch_size_per_gpu"] * (1 if opt["dist"] else max(opt["num_gpu"], 1))
+            run = Run(opt["manual_seed"], batch_size, done["epoch"], done["iter"])
+            basicsr.train.EnlargedSampler = functools.partial(
+                SAMPLER_REGISTRY.get(options.pop("type")), run=run, **options
+            )
+        return stock_create(opt, logger)
 
     basicsr.train.create_train_val_dataloader = create_train_val_dataloader
 

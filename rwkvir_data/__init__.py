@@ -1,11 +1,13 @@
-"""Data for BasicSR: datasets, LMDBs, synthetic pictures. Importing it registers ReSynPairedDataset."""
+"""Data for BasicSR: datasets, samplers, LMDBs, synthetic pictures. Importing it registers the datasets and samplers."""
 
 from rwkvir import compat
 
 compat.apply()  # before BasicSR is imported
 
-from rwkvir_data.dead_leaves import dead_leaves  # noqa: E402  needs compat first
+from rwkvir_data.complexity_sampler import ComplexitySampler  # noqa: E402  needs compat first
+from rwkvir_data.dead_leaves import dead_leaves  # noqa: E402
 from rwkvir_data.lmdb_pack import encode, write_lmdb  # noqa: E402
 from rwkvir_data.resyn_paired_dataset import ReSynPairedDataset  # noqa: E402
+from rwkvir_data.samplers import SAMPLER_REGISTRY  # noqa: E402
 
-__all__ = ["ReSynPairedDataset", "dead_leaves", "encode", "write_lmdb"]
+__all__ = ["SAMPLER_REGISTRY", "ComplexitySampler", "ReSynPairedDataset", "dead_leaves", "encode", "write_lmdb"]

@@ -1,4 +1,4 @@
-"""Where a dataset's pictures lie, a folder or an LMDB: their keys, and the bytes of each encoded picture.
+"""Where a dataset's pictures lie, a folder, an LMDB or a file of tiles: their keys, and each picture.
 
 A key is a picture's name without extension. A store holds names, no open file: it may be forked and pickled.
 """
@@ -8,14 +8,46 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import cv2
 import lmdb
+import numpy as np
 
 from rwkvir import compat
+from rwkvir_data.tiles import Tiles
 
 PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
-class Folder:
+class _Store:
+    """Encoded pictures under names, which a derived class finds."""
+
+    root: str
+
+    def path(self, key: str) -> str:
+        """What the dataset hands on as lq_path and gt_path: the key alone, as BasicSR has it for LMDBs."""
+        return key
+
+    def read(self, key: str) -> bytes:
+        raise NotImplementedError
+
+    def picture(self, key: str, gray: bool = False) -> np.ndarray:
+        """The picture as (H, W, 3) BGR or, for gray, (H, W) uint8, 0..255.
+
+        Raises:
+            ValueError: it cannot be decoded.
+        """
+        data = self.read(key)
+        flag = cv2.IMREAD_GRAYSCALE if gray else cv2.IMREAD_COLOR
+        picture = cv2.imdecode(np.frombuffer(data, np.uint8), flag) if data else None
+        if picture is None:
+            raise ValueError(
+                f"'{self.path(key)}' in '{self.root}' cannot be decoded: truncated or not a picture; replace or "
+                "remove it."
+            )
+        return picture
+
+
+class Folder(_Store):
     """The pictures directly in a folder.
 
     Raises:
@@ -45,14 +77,13 @@ class Folder:
         return sorted(self._files)
 
     def path(self, key: str) -> str:
-        """What the dataset hands on as lq_path and gt_path."""
         return os.path.join(self.root, self._files[key])
 
     def read(self, key: str) -> bytes:
         return Path(self.path(key)).read_bytes()
 
 
-class Lmdb:
+class Lmdb(_Store):
     """The pictures in an LMDB laid out as BasicSR's.
 
     Raises:
@@ -73,10 +104,6 @@ class Lmdb:
     def keys(self) -> list[str]:
         return self._keys
 
-    def path(self, key: str) -> str:
-        """What the dataset hands on as lq_path and gt_path: the key alone, as BasicSR has it."""
-        return key
-
     def read(self, key: str) -> bytes:
         try:
             with compat.lmdb_environment(self.root).begin() as transaction:
@@ -88,12 +115,18 @@ class Lmdb:
         return png
 
 
-def open_store(root: str, backend: str) -> Folder | Lmdb:
-    """The pictures under `root`; `backend` is the `type` of BasicSR's io_backend: disk or lmdb.
+BACKENDS: dict[str, type[Folder | Lmdb | Tiles]] = {"disk": Folder, "lmdb": Lmdb, "tiles": Tiles}
+
+
+def open_store(root: str, backend: str) -> Folder | Lmdb | Tiles:
+    """The pictures under `root`; `backend` is the `type` of BasicSR's io_backend, or tiles.
 
     Raises:
-        ValueError: another backend. See also Folder and Lmdb.
+        ValueError: another backend. See also Folder, Lmdb and Tiles.
     """
-    if backend not in ("disk", "lmdb"):
-        raise ValueError(f"io_backend type '{backend}' is unknown; write 'disk' for a folder of pictures or 'lmdb'.")
-    return Lmdb(root) if backend == "lmdb" else Folder(root)
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"io_backend type '{backend}' is unknown; write 'disk' for a folder of pictures, 'lmdb', or 'tiles' for a "
+            "file that `resyn pack --tiles` wrote."
+        )
+    return BACKENDS[backend](root)

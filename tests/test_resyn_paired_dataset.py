@@ -10,7 +10,12 @@ from basicsr.data import build_dataloader, build_dataset
 from basicsr.data.paired_image_dataset import PairedImageDataset
 
 from rwkvir_data import ReSynPairedDataset, encode, write_lmdb
+from rwkvir_data.degrade import degrade
+from rwkvir_data.degraded_picture import DegradedPicture
 from rwkvir_data.picture_store import open_store
+from rwkvir_data.resyn_paired_dataset import whole_repeats
+from rwkvir_data.samplers import Draw
+from rwkvir_data.tiles import Tiles, cut, write_tiles
 
 
 def picture(seed, height, width):
@@ -182,6 +187,150 @@ def test_a_meta_info_file_selects(opt, tmp_path):
 def test_validation_drops_the_rows_and_columns_that_lq_does_not_account_for(disk):
     cv2.imwrite(f"{disk['dataroot_gt']}/p0.png", picture(0, 35, 41))
     assert ReSynPairedDataset(disk | {"phase": "val"})[0]["gt"].shape == (3, 32, 40)
+
+
+def smooth(height, width):
+    """A picture with soft and hard edges, BGR."""
+    return cv2.resize(picture(3, height // 5, width // 5), (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def bgr_to_rgb(content):
+    return content[..., ::-1] if content.ndim == 3 else content
+
+
+@pytest.mark.parametrize("gray", [False, True])
+@pytest.mark.parametrize("name", ["x2", "x3", "x4", "jpeg10", "jpeg40"])
+def test_a_part_that_is_degraded_is_that_part_of_the_degraded_whole(name, gray):
+    gt = smooth(95, 121)[..., 0] if gray else smooth(95, 121)
+    made = DegradedPicture(gt, name, "key", 0)
+    height, width = made.shape[:2]
+    scale = gt.shape[0] // height
+    whole = bgr_to_rgb(degrade(bgr_to_rgb(gt[: height * scale, : width * scale]), name))
+    assert made.shape == whole.shape
+    assert np.array_equal(made[:, :], whole)
+    for top in range(0, height - 8, 3):
+        for left in range(0, width - 9, 5):
+            part = np.s_[top : top + 8, left : left + 9]
+            assert np.array_equal(made[part], whole[part])
+
+
+def test_a_part_of_a_picture_in_tiles_is_degraded_alike(tmp_path):
+    gt = smooth(96, 120)
+    write_tiles(tmp_path / "x.tiles", [cut("p", gt)])
+    tiled = Tiles(str(tmp_path / "x.tiles")).picture("p")
+    for name in ("x4", "jpeg10"):
+        whole, made = DegradedPicture(gt, name, "p", 0), DegradedPicture(tiled, name, "p", 0)
+        assert np.array_equal(made[7:15, 11:19], whole[7:15, 11:19])
+
+
+@pytest.mark.parametrize("color", ["rgb", "gray"])
+@pytest.mark.parametrize("name", ["x4", "noise25", "jpeg10"])
+def test_lq_can_be_made_when_it_is_needed(disk, name, color):
+    del disk["dataroot_lq"]
+    opt = disk | {"degradation": name, "color": color, "scale": 4 if name == "x4" else 1}
+    whole = ReSynPairedDataset(opt | {"phase": "val"})[2]
+    gt = GTS["p2"] if color == "rgb" else cv2.imread(whole["gt_path"], cv2.IMREAD_GRAYSCALE)
+    assert np.array_equal(whole["gt"].numpy() * 255, gt.transpose(2, 0, 1) if color == "rgb" else gt[None])
+    lq = degrade(gt, name, "p2", 0)
+    assert np.array_equal(whole["lq"].numpy() * 255, lq.transpose(2, 0, 1) if color == "rgb" else lq[None])
+    assert whole["lq_path"] == whole["gt_path"]
+    item = ReSynPairedDataset(opt)[2]
+    assert item["gt"].shape[1:] == (16, 16)
+    assert item["lq"].shape[1:] == ((4, 4) if name == "x4" else (16, 16))
+
+
+def test_noise_has_its_strength_and_is_drawn_anew_for_each_item(disk):
+    cv2.imwrite(f"{disk['dataroot_gt']}/p0.png", np.full((64, 64, 3), 128, np.uint8))
+    del disk["dataroot_lq"]
+    dataset = ReSynPairedDataset(disk | {"degradation": ["noise10", "noise50"], "scale": 1, "gt_size": 64})
+    noises = [(item["lq"] - item["gt"]) * 255 for item in (dataset[Draw(0, (0, 0, i))] for i in range(20))]
+    assert {round(noise.std().item(), -1) for noise in noises} == {10, 50}
+    assert len({noise.sum().item() for noise in noises}) == 20
+    validation = ReSynPairedDataset(disk | {"degradation": "noise10", "scale": 1, "phase": "val"})
+    assert torch.equal(validation[0]["lq"], validation[0]["lq"])
+
+
+DRAWS = [Draw(i % 5, (seed, epoch, i)) for seed in (0, 1) for epoch in (0, 1) for i in range(6)]
+
+
+@pytest.mark.parametrize(("method", "workers"), [("fork", 1), ("fork", 2), ("spawn", 1)])
+def test_an_item_depends_on_seed_epoch_and_position_alone(disk, method, workers):
+    del disk["dataroot_lq"]
+    dataset = ReSynPairedDataset(disk | {"degradation": ["noise15", "jpeg30"], "scale": 1})
+    random.seed(workers)
+    expected = [dataset[draw] for draw in DRAWS]
+    assert len({item["lq"].sum().item() for item in expected}) == len(DRAWS)
+    loader = torch.utils.data.DataLoader(
+        dataset, 4, sampler=DRAWS, num_workers=workers, multiprocessing_context=method, persistent_workers=True
+    )
+    for _ in range(2):
+        for kind in ("lq", "gt"):
+            got = torch.cat([batch[kind] for batch in loader])
+            assert torch.equal(got, torch.stack([item[kind] for item in expected]))
+
+
+def test_repeats_come_as_near_to_the_shares_as_promised():
+    assert whole_repeats([9000, 3000], [9000, 3000]) == [1, 1]
+    assert whole_repeats([10, 1000], [0.5, 0.5]) == [100, 1]
+    for counts, shares in [((7, 11), (0.75, 0.25)), ((100, 30, 1), (5, 3, 2)), ((3, 1000), (0.001, 0.999))]:
+        listed = np.multiply(whole_repeats(list(counts), list(shares)), counts)
+        assert np.abs(listed / listed.sum() - np.array(shares) / sum(shares)).max() <= 0.005
+
+
+@pytest.fixture
+def two_sources(disk, tmp_path):
+    """Options of 5 real and 2 synthetic pictures, to be seen equally often."""
+    for kind, pictures in (("gt", GTS), ("lq", LQS)):
+        write_folder(tmp_path / f"synthetic_{kind}", {"s0": pictures["p0"], "s1": pictures["p1"]})
+    places = {key: disk.pop(key) for key in ("dataroot_gt", "dataroot_lq")}
+    more = {f"dataroot_{kind}": str(tmp_path / f"synthetic_{kind}") for kind in ("gt", "lq")}
+    return disk | {"sources": [{**places, "share": 1}, {**more, "share": 1, "kind": "synthetic"}]}
+
+
+def test_sources_come_up_by_their_shares(two_sources):
+    dataset = ReSynPairedDataset(two_sources)
+    assert dataset.keys == [f"p{i}" for i in range(5)] * 2 + ["s0", "s1"] * 5
+    items = [dataset[i] for i in range(len(dataset))]
+    assert [item["kind"] for item in items] == ["real"] * 10 + ["synthetic"] * 10
+    assert [Path(item["lq_path"]).stem for item in items] == dataset.keys
+    for source in two_sources["sources"]:
+        del source["share"]
+    assert ReSynPairedDataset(two_sources).keys == ["p0", "p1", "p2", "p3", "p4", "s0", "s1"]
+
+
+def test_faults_of_sources(two_sources):
+    one, other = two_sources["sources"]
+
+    def source_fails(change, message):
+        fails(two_sources | {"sources": [one, {**other, **change}]}, ValueError, message)
+
+    source_fails({"shares": 1}, "dataset 'tiny', source 2: unknown option 'shares'; did you mean 'share'")
+    source_fails({"dataroot_lq": None}, "source 2: option 'dataroot_lq' is missing; add it")
+    source_fails({"kind": "painted"}, "source 2: unknown kind 'painted'; write one of real, synthetic")
+    source_fails({"share": 0}, "source 2: share 0 is not above 0; correct it or remove the source")
+    source_fails(one, "2 sources have a picture 'p.'; rename the pictures of one")
+    del other["share"]
+    source_fails({}, "source 2: some sources have a 'share' and some have none; give it to all or to none")
+    fails(two_sources | {"dataroot_gt": "x"}, ValueError, "'dataroot_gt' stands beside 'sources'; move it into each")
+    fails(two_sources | {"sources": []}, ValueError, "'sources' is empty; list at least one with dataroot_gt and")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"degradation": "x3"}, "degradation 'x3' does not fit scale 4; write x4"),
+        ({"degradation": ["noise0"], "scale": 1}, "'noise0' does not fit scale 1; write noise<sigma> or jpeg<quality>"),
+        (
+            {"degradation": ["x4", "x4"], "phase": "val"},
+            "2 degradations; only training can draw from several, give one",
+        ),
+        ({"degradation": []}, "0 degradations; only"),
+        ({"degradation": "x4", "dataroot_lq": "lq"}, "both dataroot_lq and degradation are given; remove one of them"),
+    ],
+)
+def test_degradations_that_cannot_be(disk, change, message):
+    del disk["dataroot_lq"]
+    fails(disk | change, ValueError, message)
 
 
 def test_an_unknown_option(disk):
