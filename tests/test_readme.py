@@ -1,5 +1,6 @@
 """What the README tells people to do works."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -9,7 +10,10 @@ import pytest
 import yaml
 from basicsr.archs import build_network
 
+import rwkvir_arch  # noqa: F401  registers RWKVIR
 from rwkvir import cli, pipeline
+from rwkvir_data import SAMPLER_REGISTRY, resyn_paired_dataset
+from rwkvir_data import cli as resyn
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -19,6 +23,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+OPTIONS = [yaml.safe_load(block) for block in blocks("yaml")]
 COMMANDS = [line for block in blocks("bash") for line in block.splitlines()]
 
 
@@ -29,8 +34,16 @@ def test_python_blocks_run(code, tmp_path):
 
 
 def test_the_network_of_the_option_file_builds():
-    (block,) = blocks("yaml")
-    build_network(yaml.safe_load(block)["network_g"])
+    (options,) = (options for options in OPTIONS if "network_g" in options)
+    build_network(options["network_g"])
+
+
+def test_the_options_of_the_data_are_known():
+    (options,) = (options for options in OPTIONS if "datasets" in options)
+    train = options["datasets"]["train"]
+    assert set(train) <= {*resyn_paired_dataset.OWN_OPTIONS, *resyn_paired_dataset.LOADER_OPTIONS}
+    sampler = SAMPLER_REGISTRY.get(train["sampler"].pop("type"))
+    assert set(train["sampler"]) <= set(inspect.signature(sampler).parameters)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -43,6 +56,11 @@ def test_commands_are_real(command):
         assert "--no-build-isolation" in words or words[2].startswith("torch==")
     elif words[0] == "torchrun":
         check_run(words[words.index("rwkvir") + 1 :])
+    elif words[0] == "resyn":
+        assert words[1] in resyn.COMMANDS
+        usage = [sys.executable, "-m", "rwkvir_data", words[1], "--help"]
+        shown = subprocess.run(usage, capture_output=True, text=True).stdout
+        assert all(re.search(rf"{word}\b", shown) for word in words if word.startswith("-"))
     else:
         assert words[0] == "basicsr"
         check_run(words[1:])
@@ -60,7 +78,7 @@ def test_torch_is_the_pair_of_the_makefile():
 
 
 def test_files_and_make_targets_in_the_text_exist():
-    for name in re.findall(r"`((?:options|rwkvir|benchmarks|csrc|docs)/[\w./]*)`", README):
+    for name in re.findall(r"`((?:options|rwkvir|rwkvir_data|benchmarks|csrc|docs)/[\w./]*)`", README):
         assert (ROOT / name).exists(), name
     for name in re.findall(r"`(rwkvir_(?:light_)?x\d\.yml)`", README):
         assert (ROOT / "options" / name).is_file(), name
