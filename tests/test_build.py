@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
-import lmdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from basicsr.data.paired_image_dataset import PairedImageDataset
 
+from rwkvir import compat
 from rwkvir_data import build, sources
 from rwkvir_data.complexity import complexity
 from rwkvir_data.degrade import degrade
@@ -78,7 +78,7 @@ def built(scores, tmp_path_factory):
 
 
 def contents(path):
-    with lmdb.open(str(path), readonly=True, lock=False) as environment, environment.begin() as reader:
+    with compat.lmdb_environment(str(path)).begin() as reader:
         return {key.decode(): bytes(value) for key, value in reader.cursor()}
 
 

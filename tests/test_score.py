@@ -320,6 +320,7 @@ def peaks(tmp_path: Path, *counts: int) -> list[float]:
     return [float(line) for line in result.stdout.splitlines()[1::2]]
 
 
+@pytest.mark.slow
 def test_memory_is_flat(tmp_path):
     first, then = peaks(tmp_path, 2000, 20_000)
     assert then - first < 15  # 18,000 rows would take about 27
