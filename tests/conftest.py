@@ -17,6 +17,7 @@ import yaml
 from rwkvir import compat
 
 compat.apply()  # test files import BasicSR
+compat.patch_training()  # so that a file's tests see the same BasicSR alone and among all others
 
 SCALE = 2
 PICTURES = 10  # not a multiple of the batch, so that drop_last drops something
