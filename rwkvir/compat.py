@@ -4,14 +4,18 @@
 loop and comes after BasicSR and all plugins are imported. Both do their work once per process.
 """
 
+import atexit
 import functools
 import importlib.util
 import math
 import os
+import queue
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,13 +34,13 @@ def patch_training() -> None:
     resume_anywhere()
     ddp_without_gpu()
     forked_workers()
+    dead_workers()
     shared_lmdb()
-    prefetcher_errors()
+    prefetcher_thread()
     corrupt_images()
     whole_checkpoints()
     checkpoint_mismatch()
     exact_training_length()
-    samplers()
     archive_names()
 
 
@@ -161,6 +165,25 @@ def forked_workers() -> None:
         torch.multiprocessing.set_start_method("fork")
 
 
+def dead_workers() -> None:
+    """Symptom: a signal to all processes of a run (Ctrl-C, a batch system's SIGTERM) is told as the death of a worker,
+    with a traceback, when that is noticed first. Delete when torch's DataLoader reports a dead worker only where it
+    reads from it.
+    """
+    from torch.utils.data._utils import signal_handling
+
+    stock = signal_handling._error_if_any_worker_fails
+
+    def error_if_any_worker_fails() -> None:
+        try:
+            stock()
+        except RuntimeError:
+            time.sleep(0.3)  # the signal may be on its way here; its handler then raises
+            raise
+
+    signal_handling._error_if_any_worker_fails = error_if_any_worker_fails
+
+
 _environments: dict[str, tuple[Any, Any]] = {}
 
 
@@ -219,21 +242,28 @@ def shared_lmdb() -> None:
     FileClient._backends["lmdb"] = SharedLmdbBackend
 
 
-def prefetcher_errors() -> None:
-    """Symptom: with `prefetch_mode: cpu` training hangs for ever when the dataset raises, since only the prefetching
-    thread sees the error. Delete when BasicSR's PrefetchGenerator passes it on.
+def prefetcher_thread() -> None:
+    """Symptoms: with `prefetch_mode: cpu` training hangs for ever when the dataset raises, since only the prefetching
+    thread sees the error; an interrupted run can end in `terminate called without an active exception` (SIGABRT), when
+    the interpreter is torn down under that thread. Delete when BasicSR's PrefetchGenerator passes errors on and ends.
     """
     from basicsr.data.prefetch_dataloader import PrefetchGenerator
 
-    stock_run, stock_next = PrefetchGenerator.run, PrefetchGenerator.__next__
+    stock_next = PrefetchGenerator.__next__
+    threads: weakref.WeakSet[Any] = weakref.WeakSet()
+    exiting = threading.Event()
 
     def run(self: Any) -> None:
+        threads.add(self)
         self.error = None
         try:
-            stock_run(self)
+            for batch in self.generator:
+                if exiting.is_set():
+                    return
+                self.queue.put(batch)
         except Exception as error:
             self.error = error
-            self.queue.put(None)
+        self.queue.put(None)
 
     def next_item(self: Any) -> Any:
         try:
@@ -243,8 +273,18 @@ def prefetcher_errors() -> None:
                 raise self.error from None
             raise
 
+    def end_threads() -> None:
+        exiting.set()
+        deadline = time.monotonic() + 10  # a DataLoader takes 5 s to notice that its workers are gone
+        for thread in list(threads):
+            while thread.is_alive() and time.monotonic() < deadline:
+                with suppress(queue.Empty):
+                    thread.queue.get_nowait()  # it may wait for room
+                thread.join(0.05)
+
     PrefetchGenerator.run = run
     PrefetchGenerator.__next__ = next_item
+    atexit.register(end_threads)
 
 
 class _FileBytes(bytes):
@@ -393,34 +433,6 @@ def exact_training_length() -> None:
         logger.info(f"An epoch has {len(loader)} full batches; {epochs} epochs reach iteration {total_iters}.")
         last_epoch = done["epoch"] + epochs - 1
         return loader, sampler, val_loaders, last_epoch, total_iters
-
-    basicsr.train.create_train_val_dataloader = create_train_val_dataloader
-
-
-def samplers() -> None:
-    """Symptom: BasicSR has registries for all but samplers, and its loop draws by EnlargedSampler alone.
-
-    The option `datasets:train:sampler` names one of SAMPLER_REGISTRY and gives its options; without it the stock one
-    remains. Delete when BasicSR's create_train_val_dataloader reads such an option.
-    """
-    import basicsr.train
-
-    from rwkvir_data.samplers import SAMPLER_REGISTRY, Run
-
-    stock_create, stock_sampler = basicsr.train.create_train_val_dataloader, basicsr.train.EnlargedSampler
-
-    def create_train_val_dataloader(opt: dict, logger: Any) -> tuple:
-        train = opt["datasets"]["train"]
-        basicsr.train.EnlargedSampler = stock_sampler
-        if train.get("sampler"):
-            options = dict(train["sampler"])
-            done = opt.get("resume", {"epoch": 0, "iter": 0})
-            batch_size = train["batch_size_per_gpu"] * (1 if opt["dist"] else max(opt["num_gpu"], 1))
-            run = Run(opt["manual_seed"], batch_size, done["epoch"], done["iter"])
-            basicsr.train.EnlargedSampler = functools.partial(
-                SAMPLER_REGISTRY.get(options.pop("type")), run=run, **options
-            )
-        return stock_create(opt, logger)
 
     basicsr.train.create_train_val_dataloader = create_train_val_dataloader
 

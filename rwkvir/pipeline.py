@@ -54,8 +54,11 @@ def _run(command: str, argv: list[str], root_path: str) -> int:
     from basicsr.test import test_pipeline
     from basicsr.train import train_pipeline
 
+    from rwkvir_data.samplers import join_training
+
+    join_training()
     sys.argv = [f"basicsr {command}", *_stock_flags(args)]
-    with _interruptible(), _traceback_logged():
+    with _traceback_logged(), _interruptible():
         (train_pipeline if command == "train" else test_pipeline)(root_path)
     # Only after success: tearing down a group of which a process has failed can wait for that process for ever.
     if torch.distributed.is_initialized():
@@ -118,7 +121,10 @@ def _check_place(option_file: str, experiment: Path) -> None:
 def _interruptible() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM raise Interrupted, which then says where the run stands."""
 
+    asked: list[int] = []
+
     def stop(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
         for repeated in previous:
             signal.signal(repeated, signal.SIG_DFL)  # a second one ends the process at once
         signal.signal(signal.SIGCHLD, lambda *_: None)  # a worker that the signal reached too is no error
@@ -130,7 +136,13 @@ def _interruptible() -> Iterator[None]:
     os.register_at_fork(after_in_child=_leave_interruption_to_the_parent)
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        try:
+            yield
+        except Exception:
+            time.sleep(0.1)  # a signal to all processes can end another one, and so raise this, before it arrives here
+            if not asked:
+                raise
+            raise Interrupted(asked[0]) from None
     except Interrupted as interrupted:
         signal.setitimer(signal.ITIMER_REAL, 0)
         interrupted.args = (_where_stopped(interrupted),)
@@ -170,7 +182,6 @@ def _traceback_logged() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        time.sleep(0.1)  # a signal to all processes can end another one, and so raise this, before it arrives here
         record = logging.LogRecord("basicsr", logging.ERROR, __file__, 0, "%s", (error,), sys.exc_info())
         for handler in logging.getLogger("basicsr").handlers:
             if isinstance(handler, logging.FileHandler):

@@ -11,6 +11,7 @@ An option file then names it: `datasets: {train: {sampler: {type: MySampler, ...
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Iterator
@@ -93,3 +94,28 @@ class RunSampler(torch.utils.data.Sampler):
         """For each position of the epoch `self.epoch`, the iteration that trains on it: (total_size,), from 0."""
         first = self.run.iteration - self.skipped + (self.epoch - self.run.epoch) * self.epoch_iterations
         return first + np.arange(self.total_size) // (self.run.batch_size * self.num_replicas)
+
+
+@functools.cache
+def join_training() -> None:
+    """Let BasicSR's training loop draw by the option `datasets:train:sampler`, and without it by its own sampler.
+
+    Comes after all plugins are imported, and once per process.
+    """
+    import basicsr.train
+
+    stock_create, stock_sampler = basicsr.train.create_train_val_dataloader, basicsr.train.EnlargedSampler
+
+    def create_train_val_dataloader(opt: dict, logger: logging.Logger) -> tuple:
+        train = opt["datasets"]["train"]
+        basicsr.train.EnlargedSampler = stock_sampler
+        if train.get("sampler"):
+            options = dict(train["sampler"])
+            done = opt.get("resume", {"epoch": 0, "iter": 0})
+            batch_size = train["batch_size_per_gpu"] * (1 if opt["dist"] else max(opt["num_gpu"], 1))
+            run = Run(opt["manual_seed"], batch_size, done["epoch"], done["iter"])
+            sampler = SAMPLER_REGISTRY.get(options.pop("type"))
+            basicsr.train.EnlargedSampler = functools.partial(sampler, run=run, **options)
+        return stock_create(opt, logger)
+
+    basicsr.train.create_train_val_dataloader = create_train_val_dataloader
