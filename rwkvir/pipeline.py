@@ -130,7 +130,7 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, lambda *_: None)  # a worker that the signal reached too is no error
         sys.unraisablehook = lambda _: None  # nor is an iterator over the data that was being made
         signal.signal(signal.SIGALRM, lambda *_: stop(number, None))
-        signal.setitimer(signal.ITIMER_REAL, 0.5)  # raise it again, should a destructor have swallowed it
+        signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)  # raise it again, should a destructor swallow it
         raise Interrupted(number)
 
     os.register_at_fork(after_in_child=_leave_interruption_to_the_parent)
