@@ -4,17 +4,19 @@ Each check is a generator of findings; a new one is written as a function and jo
 BasicSR's --force_yml writes them: `train:optim_g:lr`.
 """
 
+import copy
 import difflib
 import inspect
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from rwkvir import compat
+from rwkvir import compat, option_keys
 
 REQUIRED = ("name", "model_type", "num_gpu", "path:", "datasets:")  # a colon at the end: a section
 REQUIRED_BY_TRAIN = (
@@ -31,10 +33,14 @@ REQUIRED_BY_PAIRED_TRAINING = ("gt_size", "use_hflip", "use_rot")
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong: the key of the option, and a sentence about it that says what to do."""
+    """One thing that is wrong: the key of the option, and a sentence about it that says what to do.
+
+    One that is not `fatal` lets the run begin.
+    """
 
     key: str
     message: str
+    fatal: bool = True
 
     def __str__(self) -> str:
         return f"{self.key} {self.message}"
@@ -46,6 +52,16 @@ class OptionError(ValueError):
     def __init__(self, path: str, findings: list[Finding]) -> None:
         self.messages = [f"{path}: {finding}" for finding in findings]
         super().__init__("\n".join(self.messages))
+
+
+def refuse(path: str, options: dict[str, Any], is_train: bool, resuming: bool = False) -> None:
+    """Print what `check_options` finds to be doubtful, and raise OptionError for what is wrong."""
+    findings = check_options(options, is_train, resuming)
+    for finding in findings:
+        if not finding.fatal:
+            print(f"warning: {path}: {finding}", file=sys.stderr)
+    if any(finding.fatal for finding in findings):
+        raise OptionError(path, [finding for finding in findings if finding.fatal])
 
 
 def load_options(path: str, forced: Collection[str] = ()) -> dict[str, Any]:
@@ -71,10 +87,13 @@ def load_options(path: str, forced: Collection[str] = ()) -> dict[str, Any]:
 def check_options(options: dict[str, Any], is_train: bool, resuming: bool = False) -> list[Finding]:
     """All findings for one run; BasicSR's registries must hold the plugins' classes already.
 
-    Where required keys are missing, only those are reported, since the other checks read them.
+    Where required keys are missing, only those are reported, since the other checks read them. Of a key, only the first
+    is.
     """
-    missing = list(check_required(options, is_train))
-    return missing or [finding for check in CHECKS for finding in check(options, is_train, resuming)]
+    findings = list(check_required(options, is_train))
+    if not findings:
+        findings = [finding for check in CHECKS for finding in check(options, is_train, resuming)]
+    return list({finding.key: finding for finding in reversed(findings)}.values())[::-1]
 
 
 def check_required(options: dict[str, Any], is_train: bool) -> Iterator[Finding]:
@@ -92,6 +111,8 @@ def check_required(options: dict[str, Any], is_train: bool) -> Iterator[Finding]
     required += [f"{network}:type" for network in options if network.startswith("network_")]
     if is_train and _is_sr_model(options.get("model_type")):
         required += REQUIRED_BY_SR_MODEL
+    if options.get("model_type") == "SwinIRModel":
+        required.append("network_g:window_size")
     absent = (_absent(options, key) for key in required)
     yield from dict.fromkeys(finding for finding in absent if finding)
     if not isinstance(options.get("name"), str | None):
@@ -118,10 +139,110 @@ def check_types(options: dict[str, Any], is_train: bool, resuming: bool) -> Iter
     for network in (key for key in options if key.startswith("network_")):
         yield from _check_built(network, options[network], registry.ARCH_REGISTRY)
     for name, metric in (_get(options, "val:metrics") or {}).items():
-        yield from _check_built(f"val:metrics:{name}", metric, registry.METRIC_REGISTRY, given=("img", "img2"))
-    for loss in ("pixel_opt", "perceptual_opt") if is_train else ():
-        if _get(options, f"train:{loss}"):
-            yield from _check_built(f"train:{loss}", options["train"][loss], registry.LOSS_REGISTRY)
+        own = {key: value for key, value in metric.items() if key != "better"} if isinstance(metric, dict) else metric
+        yield from _check_built(f"val:metrics:{name}", own, registry.METRIC_REGISTRY, given=("img", "img2"))
+    for name, section in (options.get("train") or {}).items() if is_train else ():
+        if name.endswith("_opt") and isinstance(section, dict):
+            yield from _check_built(f"train:{name}", section, registry.LOSS_REGISTRY)
+
+
+def check_optimisation(options: dict[str, Any], is_train: bool, resuming: bool) -> Iterator[Finding]:
+    """Optimisers and schedulers: their names, as far as the model knows them, and their arguments."""
+    import torch
+    from basicsr.models import lr_scheduler
+    from basicsr.utils.registry import MODEL_REGISTRY
+
+    model = registered(options["model_type"], MODEL_REGISTRY)
+    for name, section in (options.get("train") or {}).items() if is_train and model else ():
+        if name == "scheduler" or name.startswith("optim_"):
+            home = lr_scheduler if name == "scheduler" else torch.optim
+            known = {word for word in option_keys.words_of(model) if inspect.isclass(getattr(home, word, None))}
+            if home is lr_scheduler:
+                known.add("MultiStepLR")  # BasicSR's name for its MultiStepRestartLR
+            if section["type"] not in known and option_keys.is_own(model):
+                message = (
+                    f"is '{section['type']}', which {model.__name__} does not know; {nearest(section['type'], known)}"
+                )
+                yield Finding(f"train:{name}:type", message)
+            elif section["type"] in known:
+                called = getattr(home, section["type"].replace("MultiStepLR", "MultiStepRestartLR"))
+                yield from check_arguments(f"train:{name}", called, set(section) - {"type"}, ("params", "optimizer"))
+
+
+def check_keys(options: dict[str, Any], is_train: bool, resuming: bool) -> Iterator[Finding]:
+    """Keys that nothing reads, in the sections that are no arguments of a call."""
+    from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
+
+    model = registered(options["model_type"], MODEL_REGISTRY)
+    if model is None:
+        return
+    for section in option_keys.LOOP:
+        if section != "datasets":
+            keys = _get(options, section) if section else options
+            reader = None if section.startswith(("logger", "dist_params")) else model
+            yield from _check_read(section, keys, options, section, reader, MODEL_REGISTRY)
+    for phase, dataset in options["datasets"].items():
+        reader = registered(dataset["type"], DATASET_REGISTRY)
+        if reader:
+            yield from _check_read(f"datasets:{phase}", dataset, options, "datasets", reader, DATASET_REGISTRY)
+
+
+def _check_read(
+    key: str, keys: Any, options: dict[str, Any], section: str, reader: Any, registry: Any
+) -> Iterator[Finding]:
+    """Findings for `keys`, the section at `key`, that `reader`, one of `registry`, does not read.
+
+    A name that another of them reads is only doubtful: BasicSR's own files have some of these.
+    """
+    known = option_keys.known_keys(section, options, reader)
+    for name in keys if isinstance(keys, dict) else ():
+        if name not in known and not name.startswith("network_"):
+            elsewhere = reader and any(name in option_keys.words_of(other) for _, other in registry)
+            close = [] if elsewhere else difflib.get_close_matches(name, known, 1, 0.6)
+            folder = ", and BasicSR makes a folder of it" if section == "path" else ""
+            message = f"is read by nothing{folder}; {f'did you mean {close[0]}?' if close else 'remove it'}"
+            fatal = section == "path" or not (elsewhere or (reader and not option_keys.is_own(reader)))
+            yield Finding(f"{key}:{name}".lstrip(":"), message, fatal)
+
+
+def check_model(options: dict[str, Any], is_train: bool, resuming: bool) -> Iterator[Finding]:
+    """What the model's own module finds: its `check_options(opt)`, if it has one, raises ValueError."""
+    from basicsr.utils.registry import MODEL_REGISTRY
+
+    model = registered(options["model_type"], MODEL_REGISTRY)
+    own = getattr(sys.modules[model.__module__], "check_options", None) if model else None
+    try:
+        if own:
+            own(copy.deepcopy(options))
+    except ValueError as error:
+        key, message = str(error).split(" ", 1)
+        yield Finding(key, message)
+
+
+def check_schedule(options: dict[str, Any], is_train: bool, resuming: bool) -> Iterator[Finding]:
+    """Iterations that are never reached: nothing happens at them, or the schedule ends before."""
+    total = _get(options, "train:total_iter")
+    if not is_train or not isinstance(total, int | float):
+        return
+    if total < 1:
+        yield Finding("train:total_iter", f"is {total}, and nothing would be trained; raise it")
+        return
+    for key, what in (("val:val_freq", "validation"), ("logger:save_checkpoint_freq", "checkpoint")):
+        every = _get(options, key)
+        if isinstance(every, int | float) and every > total:
+            message = (
+                f"is {every}, beyond total_iter {total}: the only {what} comes at the end; lower it for earlier ones"
+            )
+            yield Finding(key, message, fatal=False)
+    schedule = _get(options, "train:scheduler") or {}
+    late = [step for step in schedule.get("milestones") or () if isinstance(step, int | float) and step > total]
+    if late:
+        message = f"has {late[0]}, which total_iter {total} does not reach; shorten it, or the learning rate stays high"
+        yield Finding("train:scheduler:milestones", message, fatal=False)
+    periods = schedule.get("periods") or ()
+    if periods and all(isinstance(period, int | float) for period in periods) and sum(periods) < total:
+        message = f"end at iteration {sum(periods)}, where training would fail before total_iter {total}; lengthen them"
+        yield Finding("train:scheduler:periods", message)
 
 
 def check_sampler(options: dict[str, Any], is_train: bool, resuming: bool) -> Iterator[Finding]:
@@ -137,29 +258,30 @@ def check_sampler(options: dict[str, Any], is_train: bool, resuming: bool) -> It
 
 
 def check_data(options: dict[str, Any], is_train: bool, resuming: bool) -> Iterator[Finding]:
-    """Folders, files and LMDBs of the datasets that are missing, empty or damaged."""
+    """Folders, files and LMDBs of the datasets that are missing, empty or damaged; patches that the scale splits."""
+    scale = options.get("scale")
     for phase, dataset in options["datasets"].items():
         lmdb = _get(dataset, "io_backend:type") == "lmdb"
-        for key, value in dataset.items():
-            if key.startswith(("dataroot", "meta_info")) and value is not None:
-                for path in value if isinstance(value, list) else [value]:
-                    problem = data_problem(os.path.expanduser(str(path)), lmdb and key.startswith("dataroot"))
-                    if problem:
-                        yield Finding(f"datasets:{phase}:{key}", f"is {path}, {problem}")
+        for key, value in _leaves(dataset, f"datasets:{phase}"):
+            name = key.split(":")[-1]
+            if value is not None and (name.startswith(("dataroot", "meta_info")) or key.endswith("sampler:table")):
+                problem = data_problem(os.path.expanduser(str(value)), lmdb and name.startswith("dataroot"))
+                if problem:
+                    yield Finding(key, f"is {value}, {problem}")
+        size = dataset.get("gt_size")
+        if isinstance(size, int) and isinstance(scale, int) and size % scale:
+            message = f"is {size}, which scale {scale} does not divide; make it {max(size // scale, 1) * scale}, say"
+            yield Finding(f"datasets:{phase}:gt_size", message)
 
 
 def check_path(options: dict[str, Any], is_train: bool, resuming: bool) -> Iterator[Finding]:
-    """The `path` section: files that do not exist, and the keys of which BasicSR makes folders."""
+    """The `path` section: files that do not exist."""
     resuming = resuming or options["path"].get("resume_state") is not None
     for key, value in options["path"].items():
         ignored = resuming and "pretrain_network" in key
         if value is not None and not ignored and ("pretrain_network" in key or key == "resume_state"):
             if not os.path.isfile(os.path.expanduser(str(value))):
                 yield Finding(f"path:{key}", f"is {value}, which is not a file; give an existing one, or ~ for none")
-        elif not isinstance(value, str) and not re.search("strict_load|pretrain_network|resume|param_key", key):
-            yield Finding(
-                f"path:{key}", f"must be a folder, not {value!r}: BasicSR makes one of every key it does not know"
-            )
 
 
 def check_gpu(options: dict[str, Any], is_train: bool, resuming: bool) -> Iterator[Finding]:
@@ -173,7 +295,18 @@ def check_gpu(options: dict[str, Any], is_train: bool, resuming: bool) -> Iterat
         yield Finding("num_gpu", f"is {wanted}, but torch sees no CUDA device; write 0 or auto")
 
 
-CHECKS = (check_numbers, check_types, check_sampler, check_data, check_path, check_gpu)
+CHECKS = (
+    check_numbers,
+    check_types,
+    check_optimisation,
+    check_sampler,
+    check_keys,
+    check_model,
+    check_data,
+    check_path,
+    check_schedule,
+    check_gpu,
+)
 
 
 def data_problem(path: str, lmdb: bool) -> str | None:
@@ -207,6 +340,11 @@ def lmdb_problem(path: str) -> str | None:
     return f"whose meta_info.txt lists the key '{absent[0]}', which data.mdb does not hold; {again}" if absent else None
 
 
+def registered(name: str, registry: Any) -> Any:
+    """What `registry` holds under `name`, which BasicSR also looks up with its suffix, or None."""
+    return next((registry.get(full) for full in (name, f"{name}_basicsr") if full in registry), None)
+
+
 def nearest(name: str, known: Collection[str]) -> str:
     """The end of a sentence about an unknown name: the known names most like it, or else all of them."""
     by_lower = {candidate.lower(): candidate for candidate in known}
@@ -215,7 +353,7 @@ def nearest(name: str, known: Collection[str]) -> str:
 
 
 def _check_type(key: str, name: str, registry: Any) -> Iterator[Finding]:
-    if name not in registry and f"{name}_basicsr" not in registry:
+    if registered(name, registry) is None:
         yield Finding(key, f"is '{name}', which is not a registered {registry._name}; {nearest(name, registry.keys())}")
 
 
@@ -228,17 +366,18 @@ def _check_built(key: str, options: Any, registry: Any, given: Collection[str] =
     if unknown:
         yield from unknown
         return
-    name = options["type"] if options["type"] in registry else f"{options['type']}_basicsr"
-    yield from _check_arguments(key, registry.get(name), set(options) - {"type"}, given)
+    yield from check_arguments(key, registered(options["type"], registry), set(options) - {"type"}, given)
 
 
-def _check_arguments(key: str, called: Callable, names: set[str], given: Collection[str]) -> Iterator[Finding]:
+def check_arguments(key: str, called: Callable, names: set[str], given: Collection[str] = ()) -> Iterator[Finding]:
+    """`names` that `called` does not take, and arguments that it needs but that are neither there nor in `given`."""
     parameters = {name: p for name, p in inspect.signature(called).parameters.items() if name not in given}
-    kinds = {parameter.kind for parameter in parameters.values()}
-    if inspect.Parameter.VAR_KEYWORD not in kinds:
-        for name in sorted(names - set(parameters)):
-            message = f"is not an option of {called.__name__}; {nearest(name, parameters)}"
-            yield Finding(f"{key}:{name}", message)
+    if option_keys.ignores_others(called):
+        named = [name for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        for name in sorted(names - set(named)):
+            yield Finding(f"{key}:{name}", f"is not an option of {called.__name__}; {nearest(name, named)}")
+    else:
+        yield Finding(key, f"is not checked for misspelt options, since {called.__name__} takes any", fatal=False)
     for name, parameter in parameters.items():
         variadic = parameter.kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         if parameter.default is inspect.Parameter.empty and not variadic and name not in names:
@@ -286,12 +425,14 @@ def _absent(options: Any, key: str) -> Finding | None:
 
 
 def _leaves(options: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """All values below `options` that are neither mappings nor lists, with their keys; a list's items share its key."""
+    """All values below `options` that are neither mappings nor lists, with their keys. A list's items share its key;
+    those that are mappings are numbered from 1.
+    """
     if isinstance(options, dict):
         for name, value in options.items():
             yield from _leaves(value, f"{key}:{name}" if key else str(name))
     elif isinstance(options, list):
-        for value in options:
-            yield from _leaves(value, key)
+        for number, value in enumerate(options, 1):
+            yield from _leaves(value, f"{key}:{number}" if isinstance(value, dict) else key)
     else:
         yield key, options

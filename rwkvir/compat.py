@@ -41,6 +41,9 @@ def patch_training() -> None:
     whole_checkpoints()
     checkpoint_mismatch()
     exact_training_length()
+    iteration_seeds()
+    undisturbed_validation()
+    remaining_time()
     archive_names()
 
 
@@ -86,8 +89,9 @@ def resume_anywhere() -> None:
     """Symptoms: resuming on a CPU ends in `Torch not compiled with CUDA enabled`, and on a GPU moves Adam's step
     counters there; `--auto_resume` looks below the current folder, not the run's root, and takes a truncated state.
 
-    Also notes the point of resumption as `opt['resume'] = {'epoch': int, 'iter': int}`. Delete when BasicSR's
-    `load_resume_state` loads to the CPU, reads `opt['path']['training_states']` and passes over damaged files.
+    Also removes what a kill amid saving left behind, and notes the point of resumption as
+    `opt['resume'] = {'epoch': int, 'iter': int}`. Delete when BasicSR's `load_resume_state` loads to the CPU, reads
+    `opt['path']['training_states']` and passes over damaged files.
     """
     import basicsr.train
     import torch
@@ -102,6 +106,10 @@ def resume_anywhere() -> None:
         return state
 
     def load_resume_state(opt: dict) -> dict | None:
+        if opt["auto_resume"] and opt["rank"] == 0:
+            for kind in ("models", "training_states"):
+                for leftover in Path(opt["path"][kind]).glob("*.partial"):
+                    leftover.unlink()
         saved = Path(opt["path"]["training_states"]).glob("*.state") if opt["auto_resume"] else ()
         candidates = sorted(saved, key=lambda path: float(path.stem), reverse=True)
         if not candidates and opt["path"].get("resume_state"):
@@ -130,7 +138,8 @@ def resume_anywhere() -> None:
 
 def ddp_without_gpu() -> None:
     """Symptom: `--launcher pytorch` on a machine without a GPU ends in `ZeroDivisionError`, then in an error about
-    device_ids. Delete when BasicSR chooses gloo and plain DistributedDataParallel there.
+    device_ids; `--launcher slurm` ends in the former. Delete when BasicSR chooses gloo and plain
+    DistributedDataParallel there.
     """
     import torch
     from basicsr.models.base_model import BaseModel
@@ -138,12 +147,21 @@ def ddp_without_gpu() -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     stock_init, stock_to_device = dist_util._init_dist_pytorch, BaseModel.model_to_device
+    stock_slurm = dist_util._init_dist_slurm
 
     def init_dist_pytorch(backend: str, **options: Any) -> None:
         if torch.cuda.is_available():
             stock_init(backend, **options)
         else:
             torch.distributed.init_process_group("gloo", **options)
+
+    def init_dist_slurm(backend: str, port: int | None = None) -> None:
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "--launcher slurm needs a GPU, and torch sees none; start the processes inside the job with: "
+                "srun torchrun ... -m rwkvir train -opt FILE.yml --launcher pytorch"
+            )
+        stock_slurm(backend, port)
 
     def model_to_device(self: Any, net: torch.nn.Module) -> torch.nn.Module:
         if self.opt["dist"] and self.device.type == "cpu":
@@ -152,6 +170,7 @@ def ddp_without_gpu() -> None:
         return stock_to_device(self, net)
 
     dist_util._init_dist_pytorch = init_dist_pytorch
+    dist_util._init_dist_slurm = init_dist_slurm
     BaseModel.model_to_device = model_to_device
 
 
@@ -435,6 +454,70 @@ def exact_training_length() -> None:
         return loader, sampler, val_loaders, last_epoch, total_iters
 
     basicsr.train.create_train_val_dataloader = create_train_val_dataloader
+
+
+def iteration_seeds() -> None:
+    """Symptom: a resumed run draws other random numbers (dropout, drop path, degradations in the model) than the run
+    would have drawn without the interruption. Seeds them for each iteration by (manual_seed, rank, iteration).
+
+    Delete when BasicSR's training state holds them.
+    """
+    import torch
+    from basicsr.models.base_model import BaseModel
+
+    from rwkvir_data.enlarged_sampler import seed_all
+
+    stock = BaseModel.update_learning_rate
+
+    def update_learning_rate(self: Any, current_iter: int, warmup_iter: int = -1) -> None:
+        seed_all(self.opt["manual_seed"], self.opt["rank"], current_iter)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed(torch.initial_seed())
+        stock(self, current_iter, warmup_iter)
+
+    BaseModel.update_learning_rate = update_learning_rate
+
+
+def undisturbed_validation() -> None:
+    """Symptoms: with a launcher, rank 0 validates through DistributedDataParallel, which sends the buffers of batch
+    normalisation to processes that are training; the last validation is done again, as of iteration total_iter + 1.
+
+    Delete when BasicSR validates the bare network, and does not leave the loop one iteration late.
+    """
+    from basicsr.models.base_model import BaseModel
+
+    stock = BaseModel.validation
+
+    def validation(self: Any, dataloader: Any, current_iter: Any, tb_logger: Any, save_img: bool = False) -> None:
+        if self.is_train:
+            current_iter = min(current_iter, int(self.opt["train"]["total_iter"]))
+            done = self.__dict__.setdefault("validated", {})
+            if done.get(dataloader) == current_iter:
+                return
+            done[dataloader] = current_iter
+        wrapped = self.net_g
+        self.net_g = self.get_bare_model(wrapped)
+        try:
+            stock(self, dataloader, current_iter, tb_logger, save_img)
+        finally:
+            self.net_g = wrapped
+
+    BaseModel.validation = validation
+
+
+def remaining_time() -> None:
+    """Symptom: the last line of a log says `eta: -1 day, 23:59:59`. Delete when BasicSR's MessageLogger counts the
+    iterations that are left without subtracting one more.
+    """
+    from basicsr.utils import MessageLogger
+
+    stock = MessageLogger.__init__
+
+    def init(self: Any, opt: dict, start_iter: int = 1, tb_logger: Any = None) -> None:
+        stock(self, opt, start_iter, tb_logger)
+        self.max_iters = int(self.max_iters) + 1
+
+    MessageLogger.__init__ = init
 
 
 def archive_names() -> None:

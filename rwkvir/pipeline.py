@@ -45,18 +45,18 @@ def _run(command: str, argv: list[str], root_path: str) -> int:
     plugins.load_plugins()
     compat.patch_training()
     options = checks.load_options(args.opt, args.force_yml)
-    findings = checks.check_options(options, command == "train", resuming=args.auto_resume)
-    if findings:
-        raise checks.OptionError(args.opt, findings)
+    checks.refuse(args.opt, options, command == "train", resuming=args.auto_resume)
     _check_place(args.opt, Path(root_path, "experiments", options["name"]))
 
     import torch.distributed
     from basicsr.test import test_pipeline
     from basicsr.train import train_pipeline
 
-    from rwkvir_data.samplers import join_training
+    from rwkvir import learning_curve
+    from rwkvir_data import samplers
 
-    join_training()
+    samplers.join_training()
+    learning_curve.join_training()
     sys.argv = [f"basicsr {command}", *_stock_flags(args)]
     with _traceback_logged(), _interruptible():
         (train_pipeline if command == "train" else test_pipeline)(root_path)
@@ -107,6 +107,11 @@ def _check_launcher(launcher: str) -> None:
     start = "start it with: torchrun --nproc_per_node=2 -m rwkvir train|test -opt FILE.yml --launcher pytorch"
     if launcher == "pytorch" and "RANK" not in os.environ:
         raise ValueError(f"--launcher pytorch needs processes that torchrun began; {start}")
+    if launcher == "slurm" and "SLURM_PROCID" not in os.environ:
+        raise ValueError(
+            "--launcher slurm needs tasks that srun began; inside the job, start it with: "
+            "srun basicsr train|test -opt FILE.yml --launcher slurm"
+        )
     if launcher == "none" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(f"{os.environ['WORLD_SIZE']} processes run, but --launcher pytorch is missing; {start}")
 

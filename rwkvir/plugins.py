@@ -1,4 +1,4 @@
-"""Plugins: distributions that add networks, datasets, models, losses or metrics to BasicSR.
+"""Plugins: distributions that add networks, datasets, models, losses, metrics or samplers to BasicSR.
 
 A distribution names modules in the entry-point group `basicsr.plugins`; importing such a module registers its classes:
 
@@ -8,6 +8,7 @@ A distribution names modules in the entry-point group `basicsr.plugins`; importi
 
 import functools
 import importlib
+import sys
 from importlib.metadata import EntryPoint, entry_points
 from typing import NamedTuple
 
@@ -28,16 +29,25 @@ class Plugin(NamedTuple):
 
 @functools.cache
 def load_plugins() -> tuple[Plugin, ...]:
-    """Import every plugin, in the order of their names. Raises ImportError for the first one that fails, naming it."""
-    return tuple(_load(entry) for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name))
+    """Import every plugin: ours, which others may import, then those in the order of their names.
+
+    Raises:
+        ImportError: a plugin fails; the message names the first one that does.
+    """
+    ours = ("rwkvir_arch", "rwkvir_data")
+    return tuple(
+        _load(entry) for entry in sorted(entry_points(group=GROUP), key=lambda e: (e.name not in ours, e.name))
+    )
 
 
 def registered_names() -> dict[str, set[str]]:
-    """The names in each of BasicSR's registries, as {'dataset': {...}, 'arch': {...}, ...}."""
+    """The names in each of BasicSR's registries and, once it is imported, that of samplers: {'dataset': {...}, ...}."""
     compat.apply()
     from basicsr.utils import registry
 
-    registries = (value for key, value in vars(registry).items() if key.endswith("_REGISTRY"))
+    # Importing it here would register a plugin's names before that plugin is asked for them.
+    modules = filter(None, (registry, sys.modules.get("rwkvir_data.samplers")))
+    registries = (value for module in modules for key, value in vars(module).items() if key.endswith("_REGISTRY"))
     return {entry._name: set(entry.keys()) for entry in registries}
 
 
@@ -51,5 +61,7 @@ def _load(entry: EntryPoint) -> Plugin:
             f"the BasicSR plugin '{entry.name}' of {distribution} {version} cannot be imported "
             f"({type(error).__name__}: {error}); repair it, or remove it with: pip uninstall {distribution}"
         ) from error
-    added = ((registry, sorted(names - before[registry])) for registry, names in registered_names().items())
-    return Plugin(entry.name, entry.module, distribution, version, {key: names for key, names in added if names})
+    added = {registry: sorted(names - before.get(registry, set())) for registry, names in registered_names().items()}
+    return Plugin(
+        entry.name, entry.module, distribution, version, {key: names for key, names in added.items() if names}
+    )

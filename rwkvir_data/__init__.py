@@ -6,6 +6,7 @@ compat.apply()  # before BasicSR is imported
 
 from rwkvir_data.complexity_sampler import ComplexitySampler  # noqa: E402  needs compat first
 from rwkvir_data.dead_leaves import dead_leaves  # noqa: E402
+from rwkvir_data.enlarged_sampler import EnlargedSampler  # noqa: E402, F401 - registers it
 from rwkvir_data.lmdb_pack import encode, write_lmdb  # noqa: E402
 from rwkvir_data.resyn_paired_dataset import ReSynPairedDataset  # noqa: E402
 from rwkvir_data.samplers import SAMPLER_REGISTRY  # noqa: E402

@@ -98,24 +98,30 @@ class RunSampler(torch.utils.data.Sampler):
 
 @functools.cache
 def join_training() -> None:
-    """Let BasicSR's training loop draw by the option `datasets:train:sampler`, and without it by its own sampler.
+    """Let BasicSR's training loop draw by the option `datasets:train:sampler`, and without it in BasicSR's own order.
 
-    Comes after all plugins are imported, and once per process.
+    Either way a resumed run goes on with the very next item, augmented as it would have been. Comes after all plugins
+    are imported, and once per process.
     """
     import basicsr.train
 
-    stock_create, stock_sampler = basicsr.train.create_train_val_dataloader, basicsr.train.EnlargedSampler
+    from rwkvir_data.enlarged_sampler import seeded
+
+    stock_create, stock_build = basicsr.train.create_train_val_dataloader, basicsr.train.build_dataset
 
     def create_train_val_dataloader(opt: dict, logger: logging.Logger) -> tuple:
         train = opt["datasets"]["train"]
-        basicsr.train.EnlargedSampler = stock_sampler
-        if train.get("sampler"):
-            options = dict(train["sampler"])
-            done = opt.get("resume", {"epoch": 0, "iter": 0})
-            batch_size = train["batch_size_per_gpu"] * (1 if opt["dist"] else max(opt["num_gpu"], 1))
-            run = Run(opt["manual_seed"], batch_size, done["epoch"], done["iter"])
-            sampler = SAMPLER_REGISTRY.get(options.pop("type"))
-            basicsr.train.EnlargedSampler = functools.partial(sampler, run=run, **options)
+        options = dict(train.get("sampler") or {"type": "EnlargedSampler"})
+        done = opt.get("resume", {"epoch": 0, "iter": 0})
+        batch_size = train["batch_size_per_gpu"] * (1 if opt["dist"] else max(opt["num_gpu"], 1))
+        run = Run(opt["manual_seed"], batch_size, done["epoch"], done["iter"])
+        sampler = SAMPLER_REGISTRY.get(options.pop("type"))
+        basicsr.train.EnlargedSampler = functools.partial(sampler, run=run, **options)
         return stock_create(opt, logger)
 
+    def build_dataset(opt: dict) -> torch.utils.data.Dataset:
+        dataset = stock_build(opt)
+        return seeded(dataset) if opt["phase"] == "train" else dataset
+
     basicsr.train.create_train_val_dataloader = create_train_val_dataloader
+    basicsr.train.build_dataset = build_dataset

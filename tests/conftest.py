@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,20 @@ class Workspace:
         """The text of all logs of the run `name`."""
         logs = sorted((self.root / "experiments" / name).glob("*.log"))
         return "\n".join(log.read_text() for log in logs)
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads in place of worker processes, which take seconds to start, for the commands of `resyn`."""
+    from rwkvir_data import analyze, build, report, verify
+
+    @contextmanager
+    def pool(number: int) -> Iterator[ThreadPoolExecutor]:
+        with ThreadPoolExecutor(number) as executor:
+            yield executor
+
+    for module in (analyze, build, report, verify):
+        monkeypatch.setattr(module, "workers", pool)
 
 
 @pytest.fixture

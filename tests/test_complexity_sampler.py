@@ -259,19 +259,24 @@ def test_the_stock_loop_reads_it(uninterrupted):
     assert iterations(uninterrupted[0].log()) == list(range(1, 9))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_resumed_amid_an_epoch_gives_the_same_weights_bit_by_bit(uninterrupted, workspace, workers):
-    finished, options = uninterrupted
-    options["datasets"]["train"]["num_worker_per_gpu"] = workers
+def check_resumed_at_3(finished, workspace, resume):
+    """Resume a run in `workspace` from what `finished` had saved amid its second epoch; it ends in the same weights."""
     for file in ("training_states/3.state", "models/net_g_3.pth"):
         target = workspace.root / "experiments/tiny" / file
         target.parent.mkdir(parents=True)
         target.write_bytes((finished.root / "experiments/tiny" / file).read_bytes())
-    result = workspace.train(options, "--auto_resume")
+    result = resume()
     assert result.returncode == 0, result.stderr
     assert iterations(workspace.log()) == [4, 5, 6, 7, 8]
     assert not equal(weights(finished, 3), weights(finished, 8))
     assert equal(weights(workspace, 8), weights(finished, 8))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_resumed_amid_an_epoch_gives_the_same_weights_bit_by_bit(uninterrupted, workspace, workers):
+    finished, options = uninterrupted
+    options["datasets"]["train"]["num_worker_per_gpu"] = workers
+    check_resumed_at_3(finished, workspace, lambda: workspace.train(options, "--auto_resume"))
 
 
 def test_two_processes_draw_from_it(workspace, sampled):
@@ -279,6 +284,21 @@ def test_two_processes_draw_from_it(workspace, sampled):
     result = workspace.run("train", "-opt", workspace.write(sampled), "--launcher", "pytorch", python=TORCHRUN)
     assert result.returncode == 0, result.stderr
     assert iterations(workspace.log()) == list(range(1, 9))
+
+
+@pytest.mark.slow
+def test_two_processes_resumed_amid_an_epoch_give_the_same_weights_bit_by_bit(tmp_path, sampled):
+    sampled["datasets"]["train"].update(batch_size_per_gpu=2, num_worker_per_gpu=2)
+    workspaces = [Workspace(tmp_path / name) for name in ("finished", "resumed")]
+
+    def train(workspace, *words):
+        workspace.root.mkdir(exist_ok=True)
+        option_file = workspace.write(sampled)
+        return workspace.run("train", "-opt", option_file, "--launcher", "pytorch", *words, python=TORCHRUN)
+
+    result = train(workspaces[0])
+    assert result.returncode == 0, result.stderr
+    check_resumed_at_3(*workspaces, lambda: train(workspaces[1], "--auto_resume"))
 
 
 def test_a_fault_of_the_sampler_is_one_sentence(workspace, sampled, one_sentence):

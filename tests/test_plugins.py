@@ -7,7 +7,12 @@ import pytest
 
 NETWORK = """
 from basicsr.utils.registry import ARCH_REGISTRY, METRIC_REGISTRY
+from rwkvir_data.samplers import SAMPLER_REGISTRY, RunSampler
 from torch import nn
+
+@SAMPLER_REGISTRY.register()
+class SamplerOf{name}(RunSampler):
+    pass
 
 @ARCH_REGISTRY.register()
 class {name}(nn.Module):
@@ -44,11 +49,13 @@ def test_info_lists_plugins_and_what_each_registered(workspace, install):
     for name in ("first", "second"):
         network = f"{name.capitalize()}Net"
         expected = (
-            f"plugin {name} (module {name}_module of {name}-plugin 1.2): arch {network}; metric metric_of_{network}"
+            f"plugin {name} (module {name}_module of {name}-plugin 1.2): arch {network}; metric metric_of_{network}; "
+            f"sampler SamplerOf{network}"
         )
         assert expected in lines
     assert any(line.startswith("plugin rwkvir_arch (module rwkvir_arch of rwkvir ") for line in lines)
-    assert any(line.startswith("plugin rwkvir_data (module rwkvir_data of rwkvir ") for line in lines)
+    (data,) = (line for line in lines if line.startswith("plugin rwkvir_data (module rwkvir_data of rwkvir "))
+    assert data.endswith(": dataset ReSynPairedDataset; sampler ComplexitySampler, EnlargedSampler")
 
 
 @pytest.mark.parametrize(
