@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from rwkvir_data.demo_data import bicubic, build_demo_data  # first, since it repairs `import basicsr`
 
 # isort: split
-import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from basicsr.utils import tensor2img
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rwkvir import checks, pipeline, plugins, standard
+from rwkvir.panels import Panel, Window, grid, squared_error, window_of_most
 
 OPTION_FILE = "options/rwkvir_demo.yml"
 DATA = Path("datasets/demo")  # where the option file expects it
@@ -49,14 +49,6 @@ class Photo(NamedTuple):
     restored_score: Score
 
 
-class Panel(NamedTuple):
-    """One picture of a figure, and a part of it to mark: (x, y, width, height) as shares of its sides."""
-
-    title: str
-    picture: np.ndarray
-    mark: tuple[float, float, float, float] | None = None
-
-
 def main(argv: list[str]) -> int:
     """Run the demo with the arguments `argv`; 0 if the network beats bicubic interpolation on every photograph."""
     args = _parser().parse_args(argv)
@@ -75,8 +67,8 @@ def main(argv: list[str]) -> int:
     (results / "table.md").write_text(table(photos, label))
     print(table(photos, label))
     for photo in photos:
-        save_grid(results / f"{photo.name}.png", strip(photo, label))
-    save_grid(results / "overview.png", overview(photos, label))
+        grid(strip(photo, label)).savefig(results / f"{photo.name}.png")
+    grid(overview(photos, label)).savefig(results / "overview.png")
     save_learning_curve(results / "learning_curve.png", opt, photos, label)
     print(f"Pictures, table and learning curve: {results}/")
     worse = [photo for photo in photos if photo.restored_score.psnr <= photo.bicubic_score.psnr]
@@ -157,36 +149,10 @@ def table(photos: list[Photo], label: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-class Window(NamedTuple):
-    """A part of a photograph, in pixels of its LQ version."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-    def cut(self, picture: np.ndarray, scale: int) -> np.ndarray:
-        """The window in a picture that is `scale` times as large as LQ."""
-        top, left, height, width = (scale * length for length in self)
-        return picture[top : top + height, left : left + width]
-
-    def mark(self, lq: np.ndarray) -> tuple[float, float, float, float]:
-        height, width = lq.shape[:2]
-        return self.left / width, self.top / height, self.width / width, self.height / height
-
-
-def best_window(photo: Photo, share: float = 0.2) -> Window:
-    """A window, `share` of each side long, about where the network gains most on bicubic interpolation."""
-    height, width = photo.lq.shape[:2]
-    tall, wide = round(height * share), round(width * share)
-    bicubic_error, restored_error = (
-        np.square(np.float32(picture) - photo.gt).mean(axis=2) for picture in (photo.bicubic, photo.restored)
-    )
-    gain = cv2.resize(bicubic_error - restored_error, (width, height), interpolation=cv2.INTER_AREA)
-    gain = cv2.GaussianBlur(gain, (0, 0), sigmaX=wide / 4, sigmaY=tall / 4, borderType=cv2.BORDER_CONSTANT)
-    y, x = np.unravel_index(gain.argmax(), gain.shape)
-    top, left = np.clip(y - tall // 2, 0, height - tall), np.clip(x - wide // 2, 0, width - wide)
-    return Window(int(top), int(left), tall, wide)
+def best_window(photo: Photo) -> Window:
+    """The window in which the network gains most on bicubic interpolation."""
+    bicubic_error, restored_error = (squared_error(picture, photo.gt) for picture in (photo.bicubic, photo.restored))
+    return window_of_most(bicubic_error - restored_error, photo.lq)
 
 
 def strip(photo: Photo, label: str) -> list[list[Panel]]:
@@ -219,29 +185,6 @@ def overview(photos: list[Photo], label: str, count: int = 3) -> list[list[Panel
             ]
         )
     return rows
-
-
-def save_grid(path: Path, rows: list[list[Panel]], width: float = 4.0) -> None:
-    """Draw rows of panels, each `width` inches wide; the panels of a row have the same aspect ratio."""
-    gap = 0.08
-    heights = [width * row[0].picture.shape[0] / row[0].picture.shape[1] for row in rows]
-    heads = [0.35 if row[0].title else gap for row in rows]
-    size = (len(rows[0]) * (width + gap) + gap, sum(heights) + sum(heads) + gap)
-    figure = plt.figure(figsize=size, dpi=100)
-    bottom = size[1]
-    for row, height, head in zip(rows, heights, heads, strict=True):
-        bottom -= height + head
-        for i, panel in enumerate(row):
-            left = gap + i * (width + gap)
-            axes = figure.add_axes((left / size[0], bottom / size[1], width / size[0], height / size[1]))
-            axes.imshow(panel.picture, interpolation="nearest", extent=(0, 1, 1, 0), aspect="auto")
-            axes.set_axis_off()
-            axes.set_title(panel.title, fontsize=13, pad=5)
-            if panel.mark:
-                x, y, wide, tall = panel.mark
-                axes.add_patch(plt.Rectangle((x, y), wide, tall, fill=False, edgecolor="red", linewidth=2))
-    figure.savefig(path)
-    plt.close(figure)
 
 
 def save_learning_curve(path: Path, opt: dict[str, Any], photos: list[Photo], label: str) -> None:

@@ -1,7 +1,5 @@
 import base64
 import re
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from html.parser import HTMLParser
 
 import cv2
@@ -10,22 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rwkvir_data import report, score
+from rwkvir_data import page, report, score
 from rwkvir_data.select import Criteria, select
 
 LENIENT = Criteria(min_side=90, blur=(0, 1e9), max_flat=1, val=0, test=0)
 
 
-@pytest.fixture(autouse=True)
-def threads(monkeypatch):
-    """Threads in place of processes, which take seconds to start."""
-
-    @contextmanager
-    def pool(number):
-        with ThreadPoolExecutor(number) as executor:
-            yield executor
-
-    monkeypatch.setattr(report, "workers", pool)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 @pytest.fixture
@@ -99,7 +88,7 @@ def test_a_built_set(selection, tmp_path):
     ):
         assert heading in page.text
     assert "A <set>" in page.text
-    assert "<drawn> & co/broken.png: unreadable: the file is empty" in page.text
+    assert "<drawn> & co/broken.png: unreadable: the file is empty" in page.text and "2 pictures." in page.text
     kept = sum(row["split"] is not None for row in pq.read_table(selection / "selection.parquet").to_pylist())
     assert f"{kept}selected" in re.sub(r"\s", "", page.text)
     # Two charts, three rows of contacts, maps, two small ones, two pairs.
@@ -128,6 +117,26 @@ def test_a_table_without_scores(scores, tmp_path):
     pq.write_table(pa.Table.from_pylist(rows, score.SCHEMA), scores)
     with pytest.raises(ValueError, match="no picture of the table could be scored; the column `dropped` says why"):
         report.main([str(scores), "-o", str(tmp_path / "out.html"), "--workers", "1"])
+
+
+def test_another_set_to_compare_with(scores, selection, tmp_path, monkeypatch):
+    drawn = []
+    png = page.png
+    monkeypatch.setattr(page, "png", lambda fig: drawn.append(fig) or png(fig))
+    words = [str(selection), "-o", str(tmp_path / "out.html"), "--workers", "1", "--reference", str(scores)]
+    assert report.main(words) == 0
+    legend = drawn[1].axes[0].get_legend().get_texts()
+    assert [text.get_text() for text in legend][2] == "scores: 16"
+    bars = [sum(patch.get_height() for patch in group) for group in drawn[1].axes[0].containers[:2]]
+    assert bars == pytest.approx([100, 100])
+
+
+def test_what_is_left_out_of_a_long_list_is_said(selection, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "MAX_UNREADABLE", 1)
+    monkeypatch.setattr(report, "MAX_PAIRS", 1)
+    page = make(selection, tmp_path / "out.html")
+    assert "2 pictures, of which 1 are listed." in page.text and page.text.count("the file is empty") == 1
+    assert "2 found by their perceptual hashes, of which 1 are shown." in page.text
 
 
 def test_the_curve_crosses_zero_at_the_share_below_it():
