@@ -9,7 +9,13 @@ from rwkvir.command_line import Command, version
 COMMANDS = {
     "train": Command("rwkvir.pipeline:train", "train a network with BasicSR's own loop", takes_debug=True),
     "test": Command("rwkvir.pipeline:test", "test a network with BasicSR's own loop", takes_debug=True),
+    "check": Command(
+        "rwkvir.dry_step:main", "find what is wrong with an option file, and measure a step", takes_debug=True
+    ),
+    "standard": Command("rwkvir.standard:main", "print the option file of a run under the training standard"),
     "info": Command("rwkvir.cli:info", "show versions, devices, plugins and what they registered"),
+    "benchmark": Command("rwkvir.benchmark:main", "measure models on test sets, beside published figures"),
+    "report": Command("rwkvir.report:main", "compare training runs on one HTML page"),
     "demo": Command("rwkvir.demo:main", "train a small network in minutes and show what it has learnt"),
 }
 
