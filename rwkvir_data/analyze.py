@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from rwkvir_data import sources
 from rwkvir_data.complexity import complexity
-from rwkvir_data.parallel import available_cores, bounded_map, workers
+from rwkvir_data.parallel import add_workers_option, bounded_map, workers
 
 MAX_SPARE = 7  # rows and columns that GT may have beyond the prediction's; a scale of 8 leaves so many
 
@@ -195,5 +195,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--crop-border", type=int, default=0, metavar="PIXELS", help="pixels to ignore at each edge")
     parser.add_argument("--y", action="store_true", help="measure on the Y channel of YCbCr instead of RGB")
     parser.add_argument("--filename-tmpl", default="{}", help="a restored picture's name, {} being that of its GT")
-    parser.add_argument("--workers", type=int, default=available_cores(), help="processes")
+    add_workers_option(parser)
     return parser

@@ -33,9 +33,10 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from rwkvir_data import degrade, sources
+from rwkvir_data.aside import written_aside
 from rwkvir_data.complexity import complexity
 from rwkvir_data.lmdb_pack import PackedPicture, encode, lmdb_writer
-from rwkvir_data.parallel import available_cores, bounded_map, workers
+from rwkvir_data.parallel import KILLED, add_workers_option, bounded_map, positive, workers
 from rwkvir_data.score import measure
 from rwkvir_data.select import SPLITS, Criteria, select, tally
 
@@ -182,7 +183,7 @@ def build(
 ) -> list[str]:
     """Make the set of a table that `select` returned, in the order of its rows; `out` appears when all is done.
 
-    It is written to `<out>.<process id>.partial`, which a killed process leaves behind.
+    A fault or an interruption leaves nothing behind, and what was `out` before is kept until then; see `written_aside`.
 
     Args:
         layout: lmdb, or folder: folders of PNG files, each with a text for BasicSR's meta_info_file.
@@ -194,14 +195,13 @@ def build(
 
     Raises:
         FileExistsError: `out` exists, and `overwrite` is false or it is not such a set.
+        ValueError: another process is writing `out`.
         OSError: there is not space enough, or the disk cannot be written.
     """
-    _check_output(out, overwrite)
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     rows = selection.filter(pc.is_valid(selection["split"])).to_pylist()
     problems: dict[str, str] = {}  # key: why the picture was left out
-    try:
-        partial.mkdir(parents=True)
+    with written_aside(out, functools.partial(_check_output, overwrite=overwrite)) as partial:
+        partial.mkdir()
         with workers(processes) as pool:
             _check_space(partial, rows, recipe, pool)
             with tqdm(total=len(rows), unit="picture", disable=None) as bar:
@@ -214,9 +214,6 @@ def build(
         pq.write_table(_without(selection, problems), partial / "selection.parquet")
         notes = {**dataclasses.asdict(recipe), "criteria": criteria}
         (partial / "recipe.json").write_text(json.dumps(notes, indent=2) + "\n")
-        _move_into_place(partial, out, overwrite)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return [f"{row['source']}/{row['name']}: {problems[row['key']]}" for row in rows if row["key"] in problems]
 
 
@@ -260,6 +257,12 @@ def make(row: dict[str, Any], recipe: Recipe) -> Made:
     return made
 
 
+def _made(rows: list[dict[str, Any]], recipe: Recipe, pool: Executor) -> Iterator[Made]:
+    return bounded_map(
+        pool, functools.partial(make, recipe=recipe), rows, lambda row: Made({}, [], f"unreadable: {KILLED}")
+    )
+
+
 def _windows(row: dict[str, Any], height: int, width: int, recipe: Recipe) -> Iterator[tuple[str, slice, slice]]:
     """(key, rows, columns) of what is stored of a picture: itself, or in training its sub-images, row by row."""
     if row["split"] != "train" or not recipe.crop_size:
@@ -282,7 +285,7 @@ def _write_split(
     tables = []
     with ExitStack() as stack:
         add = {name: stack.enter_context(writer(folder, f"{split}_{name}")) for name in names}
-        for row, made in zip(rows, bounded_map(pool, functools.partial(make, recipe=recipe), rows), strict=True):
+        for row, made in zip(rows, _made(rows, recipe, pool), strict=True):
             tables.append(pa.Table.from_pylist(made.rows, TABLE))
             for name, pictures in made.pictures.items():
                 for picture in pictures:
@@ -324,7 +327,7 @@ def _folder(folder: Path, name: str) -> Iterator[Callable[[PackedPicture], None]
 def _check_space(folder: Path, rows: list[dict[str, Any]], recipe: Recipe, pool: Executor) -> None:
     """Make a few of the pictures, and raise OSError where all of them, by their pixels, will not fit on the disk."""
     sample = rows[:: math.ceil(len(rows) / SAMPLE)]
-    made = bounded_map(pool, functools.partial(make, recipe=recipe), sample)
+    made = _made(sample, recipe, pool)
     size = sum(len(picture.png) for one in made for pictures in one.pictures.values() for picture in pictures)
     pixels = [sum(row["width"] * row["height"] for row in some) for some in (rows, sample)]
     need = size * pixels[0] / pixels[1] * RESERVE
@@ -343,15 +346,6 @@ def _check_output(out: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{out} exists and is left as it is; give another name with -o, or add --overwrite")
     if not (out / "recipe.json").is_file():
         raise FileExistsError(f"{out} is no set that resyn build made, and is not overwritten; delete it yourself")
-
-
-def _move_into_place(partial: Path, out: Path, overwrite: bool) -> None:
-    _check_output(out, overwrite)  # another run may have finished meanwhile
-    old = partial.with_suffix(".old")
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -408,9 +402,9 @@ def _parser() -> argparse.ArgumentParser:
 
     pairs = parser.add_argument_group("what is made of them")
     pairs.add_argument("--task", nargs="+", choices=degrade.TASKS, default=["sr"], help="what the pairs are for")
-    pairs.add_argument("--scales", type=_positive, nargs="+", default=[2, 3, 4], help="of sr")
-    pairs.add_argument("--sigmas", type=_positive, nargs="+", default=[15, 25, 50], help="of denoise, of 255")
-    pairs.add_argument("--qualities", type=_positive, nargs="+", default=[10, 20, 30, 40], help="of jpeg")
+    pairs.add_argument("--scales", type=positive, nargs="+", default=[2, 3, 4], help="of sr")
+    pairs.add_argument("--sigmas", type=positive, nargs="+", default=[15, 25, 50], help="of denoise, of 255")
+    pairs.add_argument("--qualities", type=positive, nargs="+", default=[10, 20, 30, 40], help="of jpeg")
     pairs.add_argument("--gray", action="store_true", help="store gray pictures, as the standard has it for jpeg")
     pairs.add_argument(
         "--crop-size", type=int, default=Recipe.crop_size, help="side of training sub-images; 0 keeps pictures whole"
@@ -420,7 +414,7 @@ def _parser() -> argparse.ArgumentParser:
         "--thresh-size", type=int, default=Recipe.thresh_size, help="do not cut a last strip that adds fewer pixels"
     )
     pairs.add_argument("--format", choices=("lmdb", "folder"), default="lmdb", help="how the set is stored")
-    parser.add_argument("--workers", type=_positive, default=available_cores(), help="processes")
+    add_workers_option(parser)
     return parser
 
 
@@ -429,13 +423,6 @@ def _share(text: str) -> float:
     if not 0 <= share <= 1:
         raise argparse.ArgumentTypeError(f"{text} is no share; write a number from 0 to 1")
     return share
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
 
 
 def _target(text: str) -> tuple[str, int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import NamedTuple
 import cv2
 import lmdb
 import numpy as np
+
+from rwkvir_data.aside import written_aside
 
 BATCH_BYTES = 64 << 20  # what is held in memory and committed at once
 MAX_KEY = 511  # LMDB's own limit, in bytes
@@ -59,32 +61,28 @@ def write_lmdb(path: str | os.PathLike, pictures: Iterable[PackedPicture]) -> in
 def lmdb_writer(path: str | os.PathLike) -> Iterator[_Writer]:
     """An LMDB that is filled picture by picture, with flat memory: `with lmdb_writer(path) as w: w.add(picture)`.
 
-    The LMDB is written to `<path>.<process id>.partial` and renamed when it is whole, so that `path` never holds half
-    of one. A fault removes the partial folder; a killed process leaves it behind, and it may then be deleted.
+    `path` appears when all is done; see `written_aside`.
 
     Raises:
         FileExistsError: `path` exists. It is not touched.
-        ValueError: `path` does not end in .lmdb, there are no pictures, or a key occurs twice, is empty,
-            longer than 511 characters, not printable ASCII, or has a dot (BasicSR cuts names at the first one).
+        ValueError: `path` does not end in .lmdb, another process is writing it, there are no pictures, or a key occurs
+            twice, is empty, longer than 511 characters, not printable ASCII, or has a dot (BasicSR cuts names at the
+            first one).
         OSError: the disk is full or cannot be written.
     """
     path = Path(path)
     if path.suffix != ".lmdb":
         raise ValueError(f"BasicSR wants names of LMDBs to end in .lmdb, got '{path}'; rename it to '{path}.lmdb'.")
-    if path.exists():
-        raise FileExistsError(f"'{path}' exists and is left as it is; delete it or write under another name.")
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-        with lmdb.open(str(partial), map_size=2 * BATCH_BYTES) as environment:
-            writer = _Writer(partial, environment)
-            yield writer
-            writer.commit()
+    with written_aside(path) as partial:
+        try:
+            with lmdb.open(str(partial), map_size=2 * BATCH_BYTES) as environment:
+                writer = _Writer(partial, environment)
+                yield writer
+                writer.commit()
+        except lmdb.Error as error:
+            raise OSError(errno.ENOSPC, str(error)) from error
         if not writer.count:
             raise ValueError(f"there are no pictures to write to '{path}'; check where they should come from.")
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 class _Writer:
@@ -107,14 +105,9 @@ class _Writer:
 
     def commit(self) -> None:
         """Store what has been collected."""
-        try:
-            _commit(self._environment, self._batch)
-            with open(self._folder / "meta_info.txt", "a") as meta:
-                meta.writelines(f"{key}.png ({h},{w},{c}) {level}\n" for key, _, (h, w, c), level in self._batch)
-        except (lmdb.Error, OSError) as error:
-            raise OSError(
-                f"cannot write '{self._folder}': {error}; free space or use another disk, then start again."
-            ) from error
+        _commit(self._environment, self._batch)
+        with open(self._folder / "meta_info.txt", "a") as meta:
+            meta.writelines(f"{key}.png ({h},{w},{c}) {level}\n" for key, _, (h, w, c), level in self._batch)
         self._batch, self._batch_bytes = [], 0
 
 

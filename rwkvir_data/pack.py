@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from rwkvir_data.parallel import available_cores, bounded_map, workers
-from rwkvir_data.picture_store import Folder, Lmdb, Tiles, open_store
+from rwkvir_data.parallel import add_workers_option, bounded_map, workers
+from rwkvir_data.picture_store import opened
 from rwkvir_data.tiles import SIDE, CutPicture, cut, write_tiles
 
 
@@ -24,11 +24,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tiles", required=True, metavar="SRC", help="folder of pictures, or an .lmdb of BasicSR's")
     parser.add_argument("-o", "--output", required=True, metavar="X.tiles", help="the file to write")
     parser.add_argument("--side", type=int, default=SIDE, help=f"of a tile, in pixels; default {SIDE}")
-    parser.add_argument("--workers", type=int, default=available_cores(), help="processes; default: one for each core")
+    add_workers_option(parser)
     args = parser.parse_args(argv)
-    if args.side < 8 or args.workers < 1:
-        parser.error("--side must be 8 or more and --workers 1 or more")
-    keys = _opened(args.tiles).keys()
+    if args.side < 8:
+        parser.error("--side must be 8 or more")
+    keys = opened(args.tiles).keys()
     count = write_tiles(args.output, _cut_all(args.tiles, keys, args.side, args.workers), args.side)
     print(f"{count} pictures in {args.output}, {os.path.getsize(args.output) / 1e6:.1f} MB")
     return 0
@@ -41,10 +41,4 @@ def _cut_all(source: str, keys: list[str], side: int, processes: int) -> Iterato
 
 
 def _cut_one(source: str, side: int, key: str) -> CutPicture:
-    return cut(key, _opened(source).picture(key)[:, :], side)
-
-
-@functools.cache
-def _opened(source: str) -> Folder | Lmdb | Tiles:
-    """The pictures of `source`, found once in each process."""
-    return open_store(source, "lmdb" if source.rstrip("/").endswith(".lmdb") else "disk")
+    return cut(key, opened(source).picture(key)[:, :], side)

@@ -5,7 +5,9 @@ A key is a picture's name without extension. A store holds names, no open file: 
 
 from __future__ import annotations
 
+import functools
 import os
+from concurrent.futures import Executor
 from pathlib import Path
 
 import cv2
@@ -113,6 +115,32 @@ class Lmdb(_Store):
         if png is None:
             raise ValueError(f"LMDB '{self.root}' lacks '{key}', which its meta_info.txt names; make it again.")
         return png
+
+
+class Decoded:
+    """The pictures `keys` of another store, decoded by `pool` at once and held in memory. Raises as `picture` does."""
+
+    def __init__(self, store: Folder | Lmdb | Tiles | Decoded, keys: list[str], gray: bool, pool: Executor):
+        self._store = store
+        store.picture(keys[0], gray)  # opens an LMDB, which threads must not do at the same time
+        pictures = pool.map(lambda key: store.picture(key, gray)[:, :], keys)
+        self._pictures = dict(zip(keys, pictures, strict=True))
+
+    def path(self, key: str) -> str:
+        return self._store.path(key)
+
+    def picture(self, key: str, gray: bool = False) -> np.ndarray:
+        """The picture, in the colours that were asked for at the start."""
+        return self._pictures[key]
+
+
+@functools.cache
+def opened(root: str) -> Folder | Lmdb | Tiles:
+    """The pictures at `root`, by its suffix an LMDB, tiles or else a folder; found once in each process.
+
+    Raises as Lmdb, Tiles and Folder.
+    """
+    return open_store(root, {".lmdb": "lmdb", ".tiles": "tiles"}.get(Path(root).suffix, "disk"))
 
 
 BACKENDS: dict[str, type[Folder | Lmdb | Tiles]] = {"disk": Folder, "lmdb": Lmdb, "tiles": Tiles}

@@ -148,9 +148,9 @@ def curves(before: pa.Table, after: pa.Table) -> bytes:
             _curve(axes, scores, page.GREY, "scored")
             _curve(axes, _scores(after, "source", name), None, "selected")
             axes.axhline(0, color=page.INK, linewidth=0.9)
-            drawn = f"; {CURVE_POINTS:,} quantiles drawn" if len(scores) > CURVE_POINTS else ""
-            axes.set(title=name, xlim=(0, 100), xticks=range(0, 100, 20))
-            axes.set_xlabel(f"share of pictures, sorted (%){drawn}")
+            drawn = f"\n{CURVE_POINTS:,} quantiles are drawn" if len(scores) > CURVE_POINTS else ""
+            label = f"share of pictures, sorted (%){drawn}"
+            axes.set(title=name, xlim=(0, 100), xticks=range(0, 100, 20), xlabel=label)
             axes.legend(loc="upper left")
         for axes in list(grid.flat)[len(names) :]:
             axes.set_visible(False)
@@ -182,7 +182,7 @@ def histograms(before: pa.Table, after: pa.Table, references: Mapping[str, pa.Ta
     )
     everything = np.concatenate([scores, *others])
     edges = np.linspace(everything.min(), everything.max() + 1e-6, BINS + 1)
-    panels = {
+    panels: dict[str, list[tuple[str, np.ndarray, str | None]]] = {
         "before and after": [
             ("scored", scores, page.GREY),
             ("selected", chosen, page.BLUE),

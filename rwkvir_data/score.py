@@ -8,7 +8,6 @@ at the end. A run that was stopped, however hard, goes on from there. Sources, p
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import heapq
 import itertools
@@ -17,9 +16,9 @@ import operator
 import os
 import shutil
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import BrokenExecutor, Executor, Future
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from rwkvir_data import parallel
+from rwkvir_data.aside import locked
 from rwkvir_data.complexity import complexity, to_luma
 from rwkvir_data.filters import bits_per_pixel, flatness, laplacian_variance
 from rwkvir_data.sources import Entry, TooLargeError, decode, entries, read_entry
@@ -76,25 +76,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="resyn score",
         description="Measure every picture of the sources, into one Parquet table. Run again, it goes on where it was.",
-        epilog="A SOURCE is a folder (with all below it), a .tar, a .zip, an LMDB's folder, or a .txt with one path a "
-        "line. Its label in the table is its last part, or LABEL in LABEL=PATH.",
+        epilog="A SOURCE is a folder (with all below it, also in tars and zips), a .tar, a .zip, an LMDB's folder, or "
+        "a .txt with one path a line. Its label in the table is its last part, or LABEL in LABEL=PATH.",
     )
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="real pictures")
     parser.add_argument("--synthetic", nargs="+", default=[], metavar="SOURCE", help="pictures made by a machine")
     parser.add_argument("-o", "--output", required=True, metavar="TABLE.parquet", help="the table to write")
-    parser.add_argument("--workers", type=_positive, default=parallel.available_cores(), help="processes (%(default)s)")
+    parallel.add_workers_option(parser)
     parser.add_argument(
         "--cluster", metavar="tcp://HOST:PORT", help="work on this Dask cluster, whose machines see the same paths"
     )
     parser.add_argument("--overwrite", action="store_true", help="start afresh; a table of this name is deleted")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
 
 
 def make_sources(real: Iterable[str], synthetic: Iterable[str]) -> list[Source]:
@@ -131,7 +124,7 @@ def score(
     Raises:
         ValueError: a source is none or has no pictures; another run is writing `output`, or has begun to write it from
             other sources; `output` exists and lacks pictures of the sources.
-        OSError: a source or `output` cannot be read or written, a worker was killed.
+        OSError: a source or `output` cannot be read or written, or no worker can live.
         KeyboardInterrupt: with a sentence that says how to go on.
     """
     parts = output.with_name(f"{output.name}.parts")
@@ -158,18 +151,10 @@ def score(
 
 @contextmanager
 def _locked(parts: Path, output: Path) -> Iterator[None]:
-    """Make `parts` and keep other processes out of it; the lock goes with the process, however it ends.
-
-    Where no rows are left in it afterwards, `parts` is removed.
-    """
+    """Have `parts` for this process alone. Where no rows are left in it afterwards, it is removed."""
     if output.suffix != ".parquet":
         raise ValueError(f"the table '{output}' must end in .parquet; rename it")
-    parts.mkdir(exist_ok=True)
-    with open(parts / "lock", "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise ValueError(f"another run is writing {output}; wait for it, or write another table") from error
+    with locked(parts, output):
         try:
             yield
         finally:
@@ -218,9 +203,9 @@ def _score_missing(sources: list[Source], parts: Path, workers: int, cluster: st
         _Writer(parts, len(runs)) as writer,
         tqdm(total=done + left, initial=done, unit="picture", disable=None) as progress,
     ):
-        for rows in _scored(pending, executor, IN_FLIGHT * slots):
-            writer.add(rows)
-            progress.update(len(rows))
+        for row in parallel.bounded_map(executor, score_picture, pending, _killer, BATCH, IN_FLIGHT * slots):
+            writer.add(row)
+            progress.update()
 
 
 def _pending(sources: list[Source], done: Iterator[dict]) -> Iterator[tuple[Source, Entry]]:
@@ -270,39 +255,28 @@ def _executor(workers: int, cluster: str | None) -> Iterator[tuple[Executor, int
         yield client.get_executor(pure=False), slots
 
 
-def _scored(pending: Iterable[tuple[Source, Entry]], executor: Executor, limit: int) -> Iterator[list[dict]]:
-    """The rows of `pending`, in its order, by batches, of which no more than `limit` are given out at a time."""
-    batches = iter(pending)
-    given: deque[Future[list[dict]]] = deque()
-    try:
-        while batch := list(itertools.islice(batches, BATCH)):
-            if len(given) == limit:
-                yield given.popleft().result()
-            given.append(executor.submit(score_batch, batch))
-        while given:
-            yield given.popleft().result()
-    except BrokenExecutor as error:
-        raise OSError(f"a worker was killed, perhaps for lack of memory; {GO_ON}") from error
-    finally:
-        for future in given:
-            future.cancel()
-
-
-def score_batch(batch: list[tuple[Source, Entry]]) -> list[dict[str, Any]]:
-    """The table's rows for some pictures, each read and scored."""
+def score_picture(picture: tuple[Source, Entry]) -> dict[str, Any]:
+    """The table's row for a picture, which is read and scored."""
     cv2.setNumThreads(1)  # every core has a worker of its own
-    return [_row(source, entry) for source, entry in batch]
-
-
-def _row(source: Source, entry: Entry) -> dict[str, Any]:
-    row = {"source": source.label, "root": source.root, "name": entry.name, "kind": source.kind}
+    source, entry = picture
     try:
-        return row | measure(read_entry(source.root, entry))
+        return _row(picture) | measure(read_entry(source.root, entry))
     except TooLargeError as error:
-        return row | {"dropped": f"too large: {error}"}
+        return _row(picture, f"too large: {error}")
     except (OSError, ValueError, MemoryError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-        return row | {"dropped": f"unreadable: {' '.join(reason.split())}"}
+        return _row(picture, f"unreadable: {' '.join(reason.split())}")
+
+
+def _killer(picture: tuple[Source, Entry]) -> dict[str, Any]:
+    return _row(picture, f"unreadable: {parallel.KILLED}")
+
+
+def _row(picture: tuple[Source, Entry], dropped: str | None = None) -> dict[str, Any]:
+    """What a picture's row says before it is read."""
+    source, entry = picture
+    row = {"source": source.label, "root": source.root, "name": entry.name, "kind": source.kind}
+    return row | {"dropped": dropped}
 
 
 def measure(data: bytes) -> dict[str, Any]:
@@ -340,8 +314,8 @@ class _Writer:
         self._rows: list[dict] = []
         self._in_files, self._written = 0, time.monotonic()
 
-    def add(self, rows: list[dict]) -> None:
-        self._rows += rows
+    def add(self, row: dict) -> None:
+        self._rows.append(row)
         if len(self._rows) >= PART_ROWS or time.monotonic() > self._written + PART_SECONDS:
             self._write()
 

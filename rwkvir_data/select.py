@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 SPLITS = ("train", "val", "test")
 KINDS = ("real", "synthetic")
@@ -264,19 +264,21 @@ def _missing(what: str, wanted: int, taken: int, sources: list[str], halves: Map
     return f"{what}: {taken} of {wanted} wanted ({has or 'there is no such source'})."
 
 
-def reason_of(row: Mapping[str, Any]) -> str | None:
-    """The first word of why a row is dropped: 'small', 'duplicate', 'leak', 'unreadable', ..., or None."""
-    return re.split(r":? ", row["dropped"])[0] if row["dropped"] else None
+def reasons(table: pa.Table) -> pa.ChunkedArray:
+    """The first word of why each row is dropped: 'small', 'duplicate', 'leak', 'unreadable', ..., or null."""
+    return pc.replace_substring_regex(table["dropped"], r"(?s):? .*", "")
 
 
 def tally(table: pa.Table) -> list[list]:
     """How many pictures each source has, and loses to each reason, and gives to each split: a header, a row per
     source, and their sum. The table may be one that `select` returned or, without splits, of scores."""
+    has_splits = "split" in table.column_names
+    fate = pc.coalesce(reasons(table), table["split"]) if has_splits else reasons(table)
+    grouped = pa.table({"source": table["source"], "fate": fate}).group_by(["source", "fate"], use_threads=False)
     fates: dict[str, Counter] = {}
-    columns = [name for name in ("source", "dropped", "split") if name in table.column_names]
-    for row in table.select(columns).to_pylist():
-        fates.setdefault(row["source"], Counter()).update(["pictures", reason_of(row) or row.get("split")])
+    for row in grouped.aggregate([([], "count_all")]).to_pylist():
+        fates.setdefault(row["source"], Counter()).update({"pictures": row["count_all"], row["fate"]: row["count_all"]})
     fates["all"] = sum(fates.values(), Counter())
-    reasons = sorted(set(fates["all"]) - {"pictures", None, *SPLITS})
-    header = ["pictures", *reasons, *(SPLITS if "split" in columns else [])]
+    lost = sorted(set(fates["all"]) - {"pictures", None, *SPLITS})
+    header = ["pictures", *lost, *(SPLITS if has_splits else [])]
     return [["source", *header]] + [[source, *(counts[what] for what in header)] for source, counts in fates.items()]

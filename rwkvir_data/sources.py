@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import re
 import tarfile
 import warnings
 import zipfile
@@ -47,13 +48,14 @@ def entries(root: str) -> Iterator[Entry]:
     read (an archive's or a list's index is held).
 
     By what `root` is:
-        folder: its files, at any depth, whose suffix is a picture's; the name is the path below it, with '/'.
+        folder: its files, at any depth, whose suffix is a picture's; the name is the path below it, with '/'. Of a tar
+            or zip in it, its members, as if it were a folder: 'shards/000.tar/a.jpg'.
         folder with a data.mdb: an LMDB as BasicSR lays it out; the name is the key.
         .tar, .zip: members whose suffix is a picture's; the name is the member's.
         .txt: one path a line, absolute or relative to the list's folder; the name is the line.
 
-    What cannot be read, but is known to be there, is an entry with a `problem`: folders without permission, names that
-    are not UTF-8, and the place where a tar is cut short.
+    What cannot be read, but is known to be there, is an entry with a `problem`: folders without permission, damaged
+    archives in a folder, names that are not UTF-8, and the place where a tar is cut short.
 
     Raises:
         FileNotFoundError: there is no `root`.
@@ -79,7 +81,8 @@ def read_entry(root: str, entry: Entry) -> bytes:
         raise ValueError(entry.problem)
     if entry.start is None or entry.size is None:
         return read(root, entry.name)
-    return _read_part(root, entry.start, entry.size)
+    archive, _ = _in_archive(root, entry.name)
+    return _read_part(archive or root, entry.start, entry.size)
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -148,6 +151,10 @@ def _is_picture(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
 
 
+def _is_archive(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in (".tar", ".zip")
+
+
 def _entry(name: str, problem: str | None = None) -> Entry:
     """An entry whose name can be written as UTF-8."""
     try:
@@ -171,25 +178,49 @@ def _folder_entries(root: str) -> Iterator[Entry]:
 def _walk(root: str, below: str) -> Iterator[Entry]:
     try:
         with os.scandir(os.path.join(root, below)) as listing:
-            # A folder sorts with its '/', which makes the walk's order that of whole paths.
-            found = [_entry(f"{below}{item.name}{'/' * item.is_dir()}") for item in listing]
+            # What leads to others sorts with its '/', which makes the walk's order that of whole paths.
+            found = [_entry(f"{below}{item.name}{'/' * (item.is_dir() or _is_archive(item.name))}") for item in listing]
     except OSError as error:
         yield Entry(below, problem=f"the folder cannot be listed: {error.strerror}")
         return
     for entry in sorted(found, key=lambda entry: entry.name):
-        is_folder = entry.name.endswith("/")
-        if is_folder and os.path.islink(os.path.join(root, entry.name[:-1])):
+        path = os.path.join(root, entry.name[:-1])
+        if not entry.name.endswith("/"):
+            if _is_picture(entry.name):
+                yield entry
+        elif entry.problem:
+            yield entry
+        elif not os.path.isdir(path):
+            yield from _members(path, entry.name)
+        elif os.path.islink(path):
             yield entry._replace(
                 problem="it links to a folder, which may lead in a circle; give that folder as a source"
             )
-        elif is_folder and not entry.problem:
+        else:
             yield from _walk(root, entry.name)
-        elif is_folder or _is_picture(entry.name):
-            yield entry
+
+
+def _members(archive: str, below: str) -> Iterator[Entry]:
+    """The entries of an archive in a folder, with `below` before their names."""
+    try:
+        for entry in entries(archive):
+            yield entry._replace(name=below + entry.name)
+    except (OSError, ValueError) as error:
+        yield Entry(below, problem=f"the archive cannot be listed: {getattr(error, 'strerror', None) or error}")
+
+
+def _in_archive(root: str, name: str) -> tuple[str | None, str]:
+    """The archive in the folder `root` that `name` leads into, and the name there; or None and `name`."""
+    for end in (match.start() for match in re.finditer("/", name)):
+        archive = os.path.join(root, name[:end])
+        if _is_archive(archive) and os.path.isfile(archive):
+            return archive, name[end + 1 :]
+    return None, name
 
 
 def _folder_read(root: str, name: str) -> bytes:
-    return Path(root, name).read_bytes()
+    archive, member = _in_archive(root, name)
+    return read(archive, member) if archive else Path(root, name).read_bytes()
 
 
 def _tar_entries(root: str) -> Iterator[Entry]:

@@ -26,6 +26,8 @@ import numba
 import numpy as np
 import pyarrow
 
+from rwkvir_data.aside import written_aside
+
 MAGIC = b"ReSyn tiles 1\n"
 END = struct.Struct(f"<QI{len(MAGIC)}s")
 LEVEL = 1  # of Zstandard; higher ones save less than 2 %
@@ -55,42 +57,31 @@ def cut(key: str, picture: np.ndarray, side: int = SIDE) -> CutPicture:
 def write_tiles(path: str | os.PathLike, pictures: Iterable[CutPicture], side: int = SIDE) -> int:
     """Store `pictures`, cut by `side`, with flat memory, and return how many there were.
 
-    The file is written to `<path>.<process id>.partial` and renamed when it is whole; a fault removes it.
+    `path` appears when all is done; see `written_aside`.
 
     Raises:
         FileExistsError: `path` exists. It is not touched.
-        ValueError: `path` does not end in .tiles, there are no pictures, or a key occurs twice.
+        ValueError: `path` does not end in .tiles, another process is writing it, there are no pictures, or a key occurs
+            twice.
         OSError: the disk is full or cannot be written.
     """
     path = Path(path)
     if path.suffix != ".tiles":
         raise ValueError(f"'{path}' does not end in .tiles; name it '{path}.tiles'.")
-    if path.exists():
-        raise FileExistsError(f"'{path}' exists and is left as it is; delete it or write under another name.")
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     index: dict[str, tuple[int, int, int]] = {}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "xb") as file:
-            for key, size, tiles in pictures:
-                if key in index:
-                    raise ValueError(f"the key '{key}' occurs twice; rename one of the two pictures.")
-                index[key] = (*size, file.tell())
-                file.write(np.array([(len(tile), zlib.crc32(tile)) for tile in tiles], "<u4").tobytes())
-                file.writelines(tiles)
-            if not index:
-                raise ValueError(f"there are no pictures to write to '{path}'; check where they should come from.")
-            text, start = json.dumps({"side": side, "pictures": index}).encode(), file.tell()
-            file.write(text + END.pack(start, zlib.crc32(text), MAGIC))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    except OSError as error:
-        if error.filename:  # a picture's, which could not be read
-            raise
-        raise OSError(f"cannot write '{path}': {error}; free space or use another disk, then start again.") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_aside(path) as partial, open(partial, "xb") as file:
+        for key, size, tiles in pictures:
+            if key in index:
+                raise ValueError(f"the key '{key}' occurs twice; rename one of the two pictures.")
+            index[key] = (*size, file.tell())
+            file.write(np.array([(len(tile), zlib.crc32(tile)) for tile in tiles], "<u4").tobytes())
+            file.writelines(tiles)
+        if not index:
+            raise ValueError(f"there are no pictures to write to '{path}'; check where they should come from.")
+        text, start = json.dumps({"side": side, "pictures": index}).encode(), file.tell()
+        file.write(text + END.pack(start, zlib.crc32(text), MAGIC))
+        file.flush()
+        os.fsync(file.fileno())
     return len(index)
 
 

@@ -1,7 +1,8 @@
-"""`resyn verify`: read every picture of BasicSR's LMDBs, and say what is wrong with each.
+"""`resyn verify`: read every picture of BasicSR's LMDBs and of tiles, and say what is wrong with each.
 
 An LMDB is right when data.mdb and meta_info.txt name the same keys, every picture decodes to the size noted there,
-LQ and GT share keys and one scale, and the hashes of a table, if there is one, are those of the stored bytes.
+LQ and GT share keys and one scale, and the hashes of a table, if there is one, are those of the stored bytes. Tiles are
+right when their checksums are and, if X.lmdb lies beside X.tiles, both hold the same pixels.
 """
 
 from __future__ import annotations
@@ -17,22 +18,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 import lmdb
+import numpy as np
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from rwkvir import compat
 from rwkvir_data import sources
-from rwkvir_data.parallel import available_cores, bounded_map, workers
+from rwkvir_data.parallel import KILLED, add_workers_option, bounded_map, workers
+from rwkvir_data.picture_store import open_store, opened
 
 CHUNK = 16  # pictures that a worker is given at a time
 
 Size = tuple[int, int]  # height, width
+Wanted = tuple[str, Size, str | None]  # key, size and hash that a picture should have
 
 
 class Task(NamedTuple):
-    """An LMDB to check; the one its pictures are degraded versions of; the table with the hashes of its pictures."""
+    """An LMDB or tiles to check; the LMDB its pictures are degraded versions of; the table with the hashes of its
+    pictures."""
 
-    lmdb: Path
+    path: Path
     gt: Path | None = None
     table: Path | None = None
 
@@ -40,23 +45,26 @@ class Task(NamedTuple):
 def main(argv: list[str]) -> int:
     """Run `resyn verify` with the arguments `argv`; 1 where anything is wrong."""
     parser = argparse.ArgumentParser(
-        prog="resyn verify", description="Check every picture of BasicSR's LMDBs; print a line for each fault."
+        prog="resyn verify",
+        description="Check every picture of BasicSR's LMDBs and of tiles; print a line for each fault.",
     )
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="an LMDB, or a folder of LMDBs such as build makes")
+    parser.add_argument(
+        "paths", nargs="+", metavar="PATH", help="X.lmdb, X.tiles, or a folder of them such as build makes"
+    )
     parser.add_argument("--gt", metavar="LMDB", help="what the others are degraded versions of; checked as well")
     parser.add_argument(
         "--table", metavar="PARQUET", help="sha256 of the pictures as stored, by key or name: of --gt, or else of PATH"
     )
-    parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: %(default)s)")
+    add_workers_option(parser)
     args = parser.parse_args(argv)
     todo = list(tasks(args.paths, args.gt, args.table))
     with workers(args.workers) as pool:
         faults = 0
         for task in todo:
-            for fault in verify(task, pool):
-                tqdm.write(f"{task.lmdb}: {fault}")
+            for fault in verify_tiles(task.path, pool) if task.path.suffix == ".tiles" else verify(task, pool):
+                tqdm.write(f"{task.path}: {fault}")
                 faults += 1
-    print(f"{len(todo)} LMDB{'s' if len(todo) > 1 else ''}: {faults or 'no'} fault{'s' if faults != 1 else ''}")
+    print(f"{len(todo)} checked: {faults or 'no'} fault{'s' if faults != 1 else ''}")
     return 1 if faults else 0
 
 
@@ -64,17 +72,21 @@ def tasks(paths: list[str], gt: str | None = None, table: str | None = None) -> 
     """What to check. In a folder, X_GT.lmdb belongs to X_LQ_*.lmdb, and X.parquet has its hashes.
 
     Raises:
-        FileNotFoundError: a path is neither an LMDB nor a folder with any, or there is no `table`.
+        FileNotFoundError: a path is neither an LMDB nor tiles nor a folder with any, or there is no `table`.
     """
     if table and not Path(table).is_file():
         raise FileNotFoundError(f"there is no table {table}; correct the path")
     for path in map(Path, paths):
+        if path.suffix == ".tiles":
+            yield Task(path)
+            continue
         if path.suffix == ".lmdb":
             yield Task(path, Path(gt) if gt else None, Path(table) if table and not gt else None)
             continue
-        found = sorted(path.glob("*.lmdb"))
-        if not found:
-            raise FileNotFoundError(f"{path} is no LMDB, nor a folder with one; correct the path")
+        found, tiles = (sorted(path.glob(suffix)) for suffix in ("*.lmdb", "*.tiles"))
+        if not found and not tiles:
+            raise FileNotFoundError(f"{path} is neither an LMDB nor tiles nor a folder with any; correct the path")
+        yield from map(Task, tiles)
         for file in found:
             split, _, what = file.stem.partition("_")
             own_gt, own_table = path / f"{split}_GT.lmdb", path / f"{split}.parquet"
@@ -86,12 +98,42 @@ def tasks(paths: list[str], gt: str | None = None, table: str | None = None) -> 
         yield Task(Path(gt), table=Path(table) if table else None)
 
 
+def verify_tiles(path: Path, pool: Executor) -> Iterator[str]:
+    """What is wrong with tiles, a sentence each."""
+    original = path.with_suffix(".lmdb")
+    try:
+        keys = set(open_store(str(path), "tiles").keys())
+        original_keys = set(open_store(str(original), "lmdb").keys()) if original.is_dir() else None
+    except (OSError, ValueError) as error:
+        yield f"cannot be read: {error}"
+        return
+    if original_keys is not None:
+        yield from (f"'{key}' is not in {original}" for key in sorted(keys - original_keys))
+        yield from (f"{original} has '{key}', which is missing here" for key in sorted(original_keys - keys))
+    wanted = [(key, str(original) if key in (original_keys or ()) else None) for key in sorted(keys)]
+    found = bounded_map(pool, functools.partial(_check_tiled, str(path)), wanted, _killer)
+    for of_picture in tqdm(found, total=len(wanted), desc=path.name, unit="picture", disable=None):
+        yield from of_picture
+
+
+def _check_tiled(path: str, wanted: tuple[str, str | None]) -> list[str]:
+    """What is wrong with a picture of tiles: its key, and the LMDB that it came from."""
+    key, original = wanted
+    try:
+        tiled = opened(path).picture(key)[:, :]
+        if original and not np.array_equal(tiled, opened(original).picture(key)[:, :]):
+            return [f"'{key}' has other pixels than in {original}"]
+    except (OSError, ValueError) as error:
+        return [f"'{key}' cannot be decoded: {error}"]
+    return []
+
+
 def verify(task: Task, pool: Executor) -> Iterator[str]:
     """What is wrong with an LMDB, a sentence each."""
     try:
-        with compat.lmdb_environment(str(task.lmdb)).begin() as transaction:
+        with compat.lmdb_environment(str(task.path)).begin() as transaction:
             stored = {key.decode(errors="replace") for key in transaction.cursor().iternext(values=False)}
-        sizes, faults = read_meta_info(task.lmdb)
+        sizes, faults = read_meta_info(task.path)
         gt_sizes, _ = read_meta_info(task.gt) if task.gt else (None, None)
     except (lmdb.Error, OSError) as error:
         yield f"cannot be read: {error}"
@@ -103,13 +145,9 @@ def verify(task: Task, pool: Executor) -> Iterator[str]:
     if gt_sizes is not None:
         yield from pair_faults(sizes, gt_sizes)
     wanted = [(key, size, hashes.get(key)) for key, size in sorted(sizes.items())]
-    chunks = [wanted[i : i + CHUNK] for i in range(0, len(wanted), CHUNK)]
-    with tqdm(total=len(wanted), desc=task.lmdb.name, unit="picture", disable=None) as bar:
-        for chunk, found in zip(
-            chunks, bounded_map(pool, functools.partial(_check, str(task.lmdb)), chunks), strict=True
-        ):
-            bar.update(len(chunk))
-            yield from found
+    found = bounded_map(pool, functools.partial(_check, str(task.path)), wanted, _killer, CHUNK)
+    for of_picture in tqdm(found, total=len(wanted), desc=task.path.name, unit="picture", disable=None):
+        yield from of_picture
 
 
 def read_meta_info(path: Path) -> tuple[dict[str, Size], list[str]]:
@@ -151,9 +189,13 @@ def _hashes(table: Path) -> dict[str, str]:
     return dict(zip(rows[key].to_pylist(), rows["sha256"].to_pylist(), strict=True))
 
 
-def _check(path: str, wanted: list[tuple[str, Size, str | None]]) -> list[str]:
-    """What is wrong with these pictures of an LMDB: key, size, hash of each."""
-    return [f"'{key}' {fault}" for key, size, digest in wanted for fault in _picture_faults(path, key, size, digest)]
+def _check(path: str, wanted: Wanted) -> list[str]:
+    """What is wrong with a picture of an LMDB."""
+    return [f"'{wanted[0]}' {fault}" for fault in _picture_faults(path, *wanted)]
+
+
+def _killer(wanted: tuple) -> list[str]:
+    return [f"'{wanted[0]}' cannot be decoded: {KILLED}"]
 
 
 def _picture_faults(path: str, key: str, size: Size, digest: str | None) -> Iterator[str]:

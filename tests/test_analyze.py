@@ -1,6 +1,4 @@
 import csv
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -13,17 +11,7 @@ from rwkvir_data.analyze import Correlation, Quartile, Score
 from rwkvir_data.complexity import complexity
 from rwkvir_data.degrade import bicubic
 
-
-@pytest.fixture(autouse=True)
-def threads(monkeypatch):
-    """Threads in place of processes, which take seconds to start."""
-
-    @contextmanager
-    def pool(number):
-        with ThreadPoolExecutor(number) as executor:
-            yield executor
-
-    monkeypatch.setattr(analyze, "workers", pool)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 @pytest.fixture

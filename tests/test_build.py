@@ -1,14 +1,13 @@
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -54,18 +53,6 @@ def scores(tmp_path_factory):
     make_pictures(root / "photos", 12)
     make_pictures(root / "drawn", 8, seed=1)
     return score_table(root / "scores.parquet", photos="real", drawn="synthetic")
-
-
-@pytest.fixture
-def threads(monkeypatch):
-    """Threads in place of processes, which take seconds to start."""
-
-    @contextmanager
-    def pool(number):
-        with ThreadPoolExecutor(number) as executor:
-            yield executor
-
-    monkeypatch.setattr(build, "workers", pool)
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +281,8 @@ def test_pictures_that_changed_or_vanished(scores, tmp_path, threads, capsys):
     assert "left out: photos/pic 2.png: unreadable: it has changed since it was scored" in lines
 
 
-def test_nothing_is_left_of_an_interrupted_one(scores, tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_one_and_the_next(scores, tmp_path, threads, stop):
     code = "import sys; from rwkvir_data import build; build.main(sys.argv[1:])"
     words = [str(scores), "-o", str(tmp_path / "set"), *SMALL, "--crop-size", "12", "--step", "12", "--workers", "1"]
     run = subprocess.Popen(
@@ -304,11 +292,28 @@ def test_nothing_is_left_of_an_interrupted_one(scores, tmp_path):
         stdout=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("*.partial/*")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("*.partial/set/*")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.killpg(run.pid, signal.SIGINT)
+    os.killpg(run.pid, stop)
     assert run.wait(60) != 0
+    assert os.listdir(tmp_path) == ([] if stop == signal.SIGINT else ["set.partial"])
+    assert build.main(words) == 0
+    assert os.listdir(tmp_path) == ["set"]
+
+
+@pytest.mark.parametrize("layout", ["lmdb", "folder"])
+def test_a_disk_that_fills_up_half_way(scores, tmp_path, threads, layout):
+    """A limit on the size of files stands in for the disk."""
+    words = [str(scores), "-o", str(tmp_path / "set"), *SMALL, "--scales", "2", "--format", layout]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if layout == "lmdb" else 5_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write '.*/set.*': .*; free space or use another disk, then start"):
+            build.main(words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not any(tmp_path.iterdir())
+    assert build.main(words) == 0
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_a_full_disk(tmp_path):
     )
     command = [sys.executable, "-c", code, str(tmp_path / "a.lmdb")]
     out = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
-    assert out.startswith(f"cannot write '{tmp_path}/a.lmdb.")
+    assert out.startswith(f"cannot write '{tmp_path}/a.lmdb': ")
     assert out.endswith("free space or use another disk, then start again.\n")
     assert not any(tmp_path.iterdir())
 

@@ -84,6 +84,36 @@ def test_folders_and_archives(tmp_path, make, suffix):
     assert [read_entry(root, entry) for entry in found] == list(CONTENTS.values())
 
 
+def test_archives_in_a_folder(tmp_path):
+    make_folder(tmp_path, {"a.png": PNG, "b.tar.png": PNG, "b.tar0/c.png": PNG, "bad.tar": b"x" * 2000})
+    make_tar(tmp_path / "b.tar", others(CONTENTS))
+    make_zip(tmp_path / "b.tar0" / "D.ZIP", others(CONTENTS))
+    (tmp_path / "gone.zip").symlink_to(tmp_path / "absent")
+    (tmp_path / "linked.tar").symlink_to(tmp_path / "b.tar")
+    (tmp_path / "folder.tar" / "x.tar").mkdir(parents=True)
+    make_folder(tmp_path / "folder.tar", {"x.tar/y.png": PNG})
+    found = {entry.name: entry for entry in entries(str(tmp_path))}
+    wanted = {"a.png": PNG, "b.tar.png": PNG, **{f"b.tar/{name}": data for name, data in CONTENTS.items()}}
+    wanted |= {**{f"b.tar0/D.ZIP/{name}": data for name, data in CONTENTS.items()}, "b.tar0/c.png": PNG}
+    wanted |= {"bad.tar/": None, "folder.tar/x.tar/y.png": PNG, "gone.zip/": None}
+    wanted |= {f"linked.tar/{name}": data for name, data in CONTENTS.items()}
+    assert list(found) == sorted(found) == list(wanted)
+    assert "the archive cannot be listed: '" in found["bad.tar/"].problem and "not a tar" in found["bad.tar/"].problem
+    assert "there is no source" in found["gone.zip/"].problem
+    for name, data in wanted.items():
+        if data:
+            assert read(str(tmp_path), name) == read_entry(str(tmp_path), found[name]) == data
+
+
+def test_a_cut_tar_in_a_folder_is_an_entry(tmp_path):
+    whole = make_tar(tmp_path / "whole.tar", {"a.png": PNG, "b.png": PNG}).read_bytes()
+    (tmp_path / "whole.tar").rename(tmp_path / "x.tar")
+    (tmp_path / "x.tar").write_bytes(whole[:1100])
+    good, bad = entries(str(tmp_path))
+    assert good.name == "x.tar/a.png" and read_entry(str(tmp_path), good) == PNG
+    assert bad.name.startswith("x.tar/") and "cut short" in bad.problem
+
+
 def test_lmdb_and_list(tmp_path):
     contents = {"a b": PNG, "a/c": PNG + b"c"}
     database = str(make_lmdb(tmp_path / "pictures.lmdb", contents))

@@ -1,7 +1,6 @@
 import hashlib
+import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import lmdb
 import numpy as np
@@ -9,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rwkvir_data import encode, verify, write_lmdb
+from rwkvir_data import encode, sources, verify, write_lmdb
+from rwkvir_data.tiles import cut, write_tiles
 
 SIZES = {"a": (8, 12), "b": (8, 8), "c": (16, 4)}
 
@@ -20,15 +20,8 @@ def picture(key, scale=1):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """train_GT.lmdb, train_LQ_x2.lmdb and train.parquet; threads in place of processes, which take seconds to start."""
-
-    @contextmanager
-    def pool(number):
-        with ThreadPoolExecutor(number) as executor:
-            yield executor
-
-    monkeypatch.setattr(verify, "workers", pool)
+def folder(tmp_path, threads):
+    """train_GT.lmdb, train_LQ_x2.lmdb and train.parquet."""
     root = tmp_path / "set"
     gts = [picture(key, 2) for key in SIZES]
     write_lmdb(root / "train_GT.lmdb", gts)
@@ -54,7 +47,7 @@ def faults(capsys, *words):
     *lines, last = capsys.readouterr().out.splitlines()
     assert code == (1 if lines else 0)
     assert last.endswith(f": {len(lines) or 'no'} fault{'s' if len(lines) != 1 else ''}")
-    return [line.split(".lmdb: ")[-1] for line in lines]
+    return [re.split(r"\.(?:lmdb|tiles): ", line)[-1] for line in lines]
 
 
 def test_a_whole_set(folder, capsys):
@@ -62,7 +55,7 @@ def test_a_whole_set(folder, capsys):
     assert faults(capsys, folder / "train_LQ_x2.lmdb", "--gt", folder / "train_GT.lmdb") == []
     assert faults(capsys, folder / "train_GT.lmdb", "--table", folder / "train.parquet") == []
     verify.main([str(folder), "--workers", "1"])
-    assert capsys.readouterr().out == "2 LMDBs: no faults\n"
+    assert capsys.readouterr().out == "2 checked: no faults\n"
 
 
 def test_a_flipped_bit_in_a_png_is_found(tmp_path, folder, capsys):
@@ -153,7 +146,54 @@ def test_tables(folder, capsys):
 
 
 def test_paths_that_are_none(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no LMDB, nor a folder with one; correct the path"):
+    with pytest.raises(FileNotFoundError, match="is neither an LMDB nor tiles nor a folder with any; correct the path"):
         verify.main([str(tmp_path)])
     with pytest.raises(FileNotFoundError, match=r"there is no table .*t\.parquet; correct the path"):
         verify.main([str(tmp_path), "--table", str(tmp_path / "t.parquet")])
+
+
+def tile(path, **pictures):
+    write_tiles(path, [cut(key, sources.decode(png)[..., ::-1], 8) for key, png in pictures.items()], 8)
+    return path
+
+
+@pytest.fixture
+def tiles(folder):
+    """train_GT.tiles beside train_GT.lmdb."""
+    return tile(folder / "train_GT.tiles", **{key: picture(key, 2).png for key in SIZES})
+
+
+def test_whole_tiles(folder, tiles, capsys):
+    assert faults(capsys, tiles) == []
+    verify.main([str(folder), "--workers", "1"])
+    assert capsys.readouterr().out == "3 checked: no faults\n"
+    shutil.rmtree(folder / "train_GT.lmdb")
+    assert faults(capsys, tiles) == []
+
+
+def test_every_flipped_byte_of_tiles_is_found(tmp_path, tiles, capsys):
+    whole = tiles.read_bytes()
+    assert len(whole) > 2000
+    for place in range(0, len(whole), len(whole) // 20):
+        damaged = tmp_path / f"{place}.tiles"
+        damaged.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        (fault,) = faults(capsys, damaged)
+        assert re.match(r"'[abc]' cannot be decoded: '[abc]' in .* is damaged|cannot be read: .* is cut short", fault)
+
+
+@pytest.mark.parametrize("length", [0, 10, 1500, -1])
+def test_tiles_cut_short(tmp_path, tiles, capsys, length):
+    cut_short = tmp_path / "cut.tiles"
+    cut_short.write_bytes(tiles.read_bytes()[:length])
+    (fault,) = faults(capsys, cut_short)
+    assert fault.startswith("cannot be read: ") and "is cut short or was not written by `resyn pack" in fault
+
+
+def test_tiles_of_other_pictures_than_their_lmdb(folder, capsys):
+    other = tile(folder / "train_GT.tiles", a=picture("a", 2).png, b=picture("a", 2).png, z=picture("c").png)
+    original = folder / "train_GT.lmdb"
+    assert faults(capsys, other) == [
+        f"'z' is not in {original}",
+        f"{original} has 'c', which is missing here",
+        f"'b' has other pixels than in {original}",
+    ]
