@@ -56,19 +56,32 @@ WKV_FN void push(Pair<F>& s, F p, F q, F delta) {
   s.d = (s.d + delta * s.d) + q;
 }
 
-// e^k = r * 2^i with r in [0.70, 1.42], to one rounding of r. Returns r.
-template <class F, class I>
-WKV_FN F split_exp(F k, I& i) {
-  const F shifted = k * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to a whole number
-  const F whole = shifted - 12582912.0f;
-  i = to_int(whole);
-  const F x = (k - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two parts, the first of 10 bits
-  // Relative error 4.3e-9 on |x| <= 0.348 (weighted least squares, made to equioscillate).
+// e^x = 1 + x + x^2 p(x) for |x| <= 0.348, to float's last digit. Relative error 4.3e-9 before rounding (weighted least
+// squares, made to equioscillate).
+template <class F>
+WKV_FN F exp_reduced(F x) {
   F p = x * 0.0013813878f + 0.008369064f;
   p = p * x + 0.041668423f;
   p = p * x + 0.16666518f;
   p = p * x + 0.49999994f;
-  return (p * x) * x + (x + 1.0f);
+  return (p * x + 1.0f) * x + 1.0f;
+}
+
+// k less `whole` binary digits; ln 2 in two parts, the first of 10 bits.
+template <class F>
+WKV_FN F reduced(F k, F whole) {
+  return (k - whole * 0.693359375f) + whole * 2.12194440e-4f;
+}
+
+constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+
+// e^k = r * 2^i with r in [0.70, 1.42]. Returns r.
+template <class F, class I>
+WKV_FN F split_exp(F k, I& i) {
+  const F shifted = k * 1.44269504f + kRounding;
+  const F whole = shifted - kRounding;
+  i = to_int(whole);
+  return exp_reduced(reduced(k, whole));
 }
 
 // Both sums of n items (p, q): as a left state behind their end, as a right state before their start.
@@ -102,16 +115,18 @@ WKV_FN void emit_outputs(const F* e, const F* v, int n, F delta, F bonus, const 
 //     gv_t = e^k_t (e^u g_t + GL_t + GR_t)       gk_t = v_t gv_t - e^k_t (e^u h_t + HL_t + HR_t)
 //     gu = sum_t e^(u + k_t) g_t (v_t - y_t)
 //     gw = -e^-w sum_t [GR_t Ln_t - HR_t Ld_t + GL_t Rn_t - HL_t Rd_t]
-// `g` comes in as gy. `rights` may be null where it is not wanted.
+// `g` comes in as gy, times the gate where there is one. `rights` and `outputs` (y) may be null where they are not
+// wanted.
 template <class F>
 WKV_FN void emit_items(const F* e, const F* v, int n, F delta, F bonus, const Pair<F>* lefts, Pair<F> right, F* g, F* h,
-                       Pair<F>* rights, F* gu) {
+                       Pair<F>* rights, F* gu, F* outputs = nullptr) {
   for (int t = n - 1; t >= 0; --t) {
     const F ev = e[t] * v[t];
     const F inverse = 1.0f / (lefts[t].d + right.d + bonus * e[t]);
     const F y = (lefts[t].n + right.n + bonus * ev) * inverse;
     g[t] *= inverse;
     h[t] = g[t] * y;
+    if (outputs != nullptr) outputs[t] = y;
     if (rights != nullptr) {
       rights[t] = right;
       *gu += bonus * (e[t] * g[t]) * (v[t] - y);
@@ -140,6 +155,8 @@ WKV_FN void emit_gradients(const F* e, const F* v, const F* g, const F* h, int n
 
 // ---- exact: one channel, double ----
 
+WKV_FN double sigmoid(double x) { return 1 / (1 + ::exp(-x)); }
+
 // 2^x; a scale that is not comparable (both infinite) belongs to a masked or a NaN state and counts as nothing.
 WKV_FN double pow2_exact(double x) { return x >= -1200 ? (x <= 1100 ? ::exp2(x) : ::exp2(1100.0)) : (x < 0 ? 0.0 : x); }
 
@@ -167,7 +184,7 @@ WKV_FN Scaled with_whole_scale(Scaled s) {
 // One channel of one chunk, with room for what a walk in one direction keeps for the walk back. Number i of token t is
 // work[(i * kChunk + t) * stride].
 struct ExactChunk {
-  static constexpr int kNumbers = 13;
+  static constexpr int kNumbers = 14;
   double* work;
   int stride, tokens;
   double w2, u2;  // w and u in binary digits
@@ -175,11 +192,11 @@ struct ExactChunk {
   WKV_FN double& at(int number, int t) const { return work[(number * kChunk + t) * stride]; }
   WKV_FN double& key(int t) const { return at(0, t); }  // k in binary digits
   WKV_FN double& v(int t) const { return at(1, t); }
-  WKV_FN double& y(int t) const { return at(2, t); }  // forward: the result
-  WKV_FN double& g(int t) const { return at(2, t); }  // backward: in as gy
+  WKV_FN double& g(int t) const { return at(2, t); }  // backward: in as gy, times the gate where there is one
   WKV_FN double& h(int t) const { return at(3, t); }
   WKV_FN double& scale(int t) const { return at(4, t); }
-  WKV_FN double& gk(int t) const { return at(5, t); }  // results
+  WKV_FN double& y(int t) const { return at(13, t); }  // results
+  WKV_FN double& gk(int t) const { return at(5, t); }
   WKV_FN double& gv(int t) const { return at(6, t); }
   WKV_FN Scaled kept(int side, int t) const { return {at(7 + 3 * side, t), at(8 + 3 * side, t), at(9 + 3 * side, t)}; }
   WKV_FN void keep(int side, int t, const Scaled& s) const {
@@ -218,16 +235,16 @@ struct ExactChunk {
     }
   }
 
-  // g from gy, h, scale and the states on both sides of each token.
+  // y, g from gy, h, scale and the states on both sides of each token.
   WKV_FN double emit_items(const Scaled& left, Scaled right) const {
     double gu = 0;
     walk_left(left);
     for (int t = tokens - 1; t >= 0; --t) {
       double den;
-      const double y = combine(kept(0, t), right, t, den, scale(t));
+      y(t) = combine(kept(0, t), right, t, den, scale(t));
       g(t) /= den;
-      h(t) = g(t) * y;
-      gu += pow2_exact(key(t) + u2 - scale(t)) * g(t) * (v(t) - y);
+      h(t) = g(t) * y(t);
+      gu += pow2_exact(key(t) + u2 - scale(t)) * g(t) * (v(t) - y(t));
       keep(1, t, right);
       push(right, key(t), v(t), 1.0, w2);
     }
@@ -279,12 +296,12 @@ WKV_FN void chunk_decay(double w, double chunks, double& o, double& f) {
 
 // The state behind a chunk, from the one before it and the chunk's own sum; brought back to |n|, |d| < 1.
 WKV_FN Scaled carry_over(Scaled before, Scaled sum, double decay_o, double decay_f) {
-  const double decayed = before.o > kEmpty ? before.o + decay_o : kEmpty;
+  const double decayed = before.o + decay_o;  // kEmpty takes up any decay
   const double o = decayed > sum.o ? decayed : sum.o;
   const double a = decay_f * pow2_whole(decayed - o), b = pow2_whole(sum.o - o);
   const double n = a * before.n + b * sum.n, d = a * before.d + b * sum.d;
   const double size = magnitude(n) > magnitude(d) ? magnitude(n) : magnitude(d);
-  const double e = size > 0 ? static_cast<double>((double_to_bits(size) >> 52) - 1022) : 0.0;
+  const double e = bits_to_double((double_to_bits(size) >> 52) + double_to_bits(0x1p52)) - (0x1p52 + 1022);
   const double renormed = o + e, f = pow2_whole(o - renormed);  // for a huge o, as much of e as it can hold
   return {renormed, n * f, d * f};
 }

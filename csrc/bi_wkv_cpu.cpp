@@ -48,7 +48,7 @@ WKV_TARGET_END
 namespace wkv {
 
 #define WKV_KERNEL(isa)                                                            \
-  {#isa,      isa::kWidth,           isa::prepare,       isa::summary, isa::carry, \
+  {#isa,      isa::prepare,          isa::items,         isa::summary, isa::carry, \
    isa::emit, isa::backward_summary, isa::backward_emit, isa::reduce}
 
 const CpuKernel* cpu_kernel(const char* name) {

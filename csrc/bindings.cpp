@@ -1,18 +1,20 @@
 // The operators as torch sees them, through torch's stable ABI: one binary for every torch from 2.10 on.
 //
 //     rwkvir::wkv           forward: y, and the states that enter each chunk, kept for the gradients
-//     rwkvir::wkv_backward  gradients of w, u, k and v
+//     rwkvir::wkv_backward  gradients of w, u, k, v and the gate
 //
 // w, u: (S, C) with S = 1 (row-major token order) or S = 2 (the sum over the row-major and the column-major order);
-// k, v: (B, H, W, C), any strides. Shapes are checked in rwkvir_arch/bi_wkv.py, which also registers the fake
-// implementations and the autograd formula.
+// k, v, gate: (B, H, W, C), any strides; with a gate the result is sigmoid(gate) y. Shapes are checked in
+// rwkvir_arch/bi_wkv.py, which also registers the fake implementations and the autograd formula.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
+#include <optional>
 #include <string>
 #include <tuple>
 
@@ -54,33 +56,27 @@ wkv::View view_of(const Tensor& t, bool columns) {
 
 Tensor as_double(const Tensor& t) { return torch::stable::contiguous(torch::stable::to(t, ScalarType::Double)); }
 
-bool is_16_bit(const Tensor& t) { return t.element_size() == 2; }
-
-// Where two scans are summed, 16-bit outputs are summed in float32 and rounded once.
-Tensor output_like(const Tensor& t, bool sum) {
-  return sum && is_16_bit(t) ? torch::stable::new_empty(t, t.sizes(), ScalarType::Float) : torch::stable::empty_like(t);
-}
-
-Tensor rounded_like(const Tensor& t, const Tensor& out) {
-  if (out.scalar_type() == t.scalar_type()) return out;
-  Tensor result = torch::stable::empty_like(t);
-  return torch::stable::copy_(result, out);
-}
-
 struct Problem {
   int64_t scans, B, H, W, C;
   Tensor w, u, k, v;
+  std::optional<Tensor> gate;
 
-  Problem(const Tensor& w_, const Tensor& u_, const Tensor& k_, const Tensor& v_)
-      : w(as_double(w_)), u(as_double(u_)), k(k_), v(v_) {
+  Problem(const Tensor& w_, const Tensor& u_, const Tensor& k_, const Tensor& v_, const std::optional<Tensor>& gate_)
+      : w(as_double(w_)), u(as_double(u_)), k(k_), v(v_), gate(gate_) {
     STD_TORCH_CHECK(k.dim() == 4 && v.dim() == 4 && w.dim() == 2 && u.dim() == 2,
                     "wkv takes w, u (S, C); k, v (B, H, W, C)");
     scans = w.sizes()[0];
     B = k.sizes()[0], H = k.sizes()[1], W = k.sizes()[2], C = k.sizes()[3];
     STD_TORCH_CHECK((scans == 1 || scans == 2) && u.sizes()[0] == scans, "wkv takes one or two scans");
     STD_TORCH_CHECK(w.sizes()[1] == C && u.sizes()[1] == C, "w and u must have as many channels as k");
-    for (int i = 0; i < 4; ++i) STD_TORCH_CHECK(v.sizes()[i] == k.sizes()[i], "k and v must have one shape");
-    STD_TORCH_CHECK(k.scalar_type() == v.scalar_type(), "k and v must have one dtype");
+    check_like_k(v);
+    if (gate) check_like_k(*gate);
+  }
+
+  void check_like_k(const Tensor& x) const {
+    STD_TORCH_CHECK(x.dim() == 4, "wkv takes v and gate of k's shape");
+    for (int i = 0; i < 4; ++i) STD_TORCH_CHECK(x.sizes()[i] == k.sizes()[i], "wkv takes v and gate of k's shape");
+    STD_TORCH_CHECK(x.scalar_type() == k.scalar_type(), "wkv takes v and gate of k's dtype");
   }
 
   bool empty() const { return B * H * W * C == 0; }
@@ -97,12 +93,6 @@ struct Problem {
     return s;
   }
 
-  // (3, lanes), float
-  Tensor new_rates() const {
-    const std::array<int64_t, 2> size = {3, wkv::padded_channels(scan(0))};
-    return torch::stable::new_empty(k, {size.data(), size.size()}, ScalarType::Float);
-  }
-
   // (S, B, chunks, 6, lanes), double; zero where rows have lanes beyond C, which not every kernel writes.
   Tensor new_state() const {
     const wkv::Scan s = scan(0);
@@ -111,10 +101,10 @@ struct Problem {
     return torch::stable::new_empty(k, {size.data(), size.size()}, ScalarType::Double);
   }
 
-  // (B * chunks, 2, lanes), double
+  // (S, B * chunks, 2, lanes), double
   Tensor new_partial() const {
     const wkv::Scan s = scan(0);
-    const std::array<int64_t, 3> size = {B * wkv::chunks(s), 2, wkv::padded_channels(s)};
+    const std::array<int64_t, 4> size = {scans, B * wkv::chunks(s), 2, wkv::padded_channels(s)};
     return torch::stable::new_empty(k, {size.data(), size.size()}, ScalarType::Double);
   }
 };
@@ -134,56 +124,142 @@ const wkv::CpuKernel& kernel() {
   return *chosen;
 }
 
-// Runs the phases of one scan on the CPU, over torch's threads.
+// All scans of a problem on the CPU, phase by phase, over torch's threads.
 struct CpuRun {
   static constexpr int64_t kGrain = 1 << 14;  // elements worth a thread
 
   const wkv::CpuKernel& cpu = kernel();
+  const Problem& p;
+  wkv::CpuJob job = {};
+  int64_t lanes, tiles;
   Tensor rates;
-  wkv::Scan s;
-  int64_t items, lines;
 
-  CpuRun(const Problem& p, wkv::Scan scan) : rates(p.new_rates()), s(scan) {
-    s.rates = static_cast<float*>(rates.data_ptr());
-    lines = s.B * wkv::channel_groups(s, wkv::kLanes);
-    items = s.B * wkv::chunks(s) * wkv::channel_groups(s, cpu.width);
-    cpu.prepare(s);
+  explicit CpuRun(const Problem& p_) : p(p_) {
+    job.orders = static_cast<int>(p.scans);
+    for (int i = 0; i < job.orders; ++i) job.scan[i] = p.scan(row(i));
+    lanes = wkv::padded_channels(job.scan[0]);
+    tiles = p.B * wkv::tile_rows(job) * wkv::tile_columns(job);
+    rates = rows(4 * p.scans, ScalarType::Float);
+    for (int i = 0; i < job.orders; ++i) {
+      job.scan[i].rates = static_cast<float*>(rates.data_ptr()) + i * 4 * lanes;
+      cpu.prepare(job.scan[i]);
+    }
   }
-  void phase(void (*f)(const wkv::Scan&, int64_t, int64_t)) const {
-    const int64_t grain = kGrain / (wkv::kChunkTokens * cpu.width);
-    torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { f(s, begin, end); });
+
+  // A sum of two scans over an image of few rows is that of the transposed image: the kernels know of few columns.
+  bool transposed() const { return p.scans == 2 && p.H <= wkv::kNarrow && p.H < p.W; }
+  wkv::View view(const Tensor& t) const { return view_of(t, transposed()); }
+  int64_t row(int i) const { return transposed() ? 1 - i : i; }  // of w and u
+
+  Tensor rows(int64_t count, ScalarType dtype) const {
+    const std::array<int64_t, 2> size = {count, lanes};
+    return torch::stable::new_empty(p.k, {size.data(), size.size()}, dtype);
   }
-  void carry(double* state) const {
-    torch::stable::parallel_for(0, lines, 1, [&](int64_t begin, int64_t end) { cpu.carry(s, state, begin, end); });
+  // (rows, lanes), double: the states of one scan after the other, then the tiles' scales.
+  Tensor new_state() const {
+    int64_t count = tiles;
+    for (int i = 0; i < job.orders; ++i) count += 6 * p.B * wkv::line(job, i).count();
+    return rows(count, ScalarType::Double);
   }
-  void reduce(double* gw, double* gu) const {
-    torch::stable::parallel_for(0, s.C, 16, [&](int64_t begin, int64_t end) { cpu.reduce(s, gw, gu, begin, end); });
+
+  // Lets the scans' `field` point into such a tensor; returns where the tiles' scales are.
+  double* place(const Tensor& state, double* wkv::Scan::* field) {
+    double* row = static_cast<double*>(state.data_ptr());
+    for (int i = 0; i < job.orders; ++i) {
+      job.scan[i].*field = row;
+      row += 6 * p.B * wkv::line(job, i).count() * lanes;
+    }
+    return row;
+  }
+
+  void phase(void (*f)(const wkv::CpuJob&, int64_t, int64_t)) const {
+    const int64_t items = cpu.items(job), elements = p.B * p.H * p.W * p.C;
+    const int64_t grain = std::max<int64_t>(1, kGrain * items / elements);
+    torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { f(job, begin, end); });
+  }
+  void carry(bool backward) const {
+    const int64_t items = 2 * p.scans * p.B * lanes / wkv::kLanes;
+    const int64_t grain = std::max<int64_t>(1, 1024 / (6 * wkv::line(job, 0).count()));
+    torch::stable::parallel_for(0, items, grain,
+                                [&](int64_t begin, int64_t end) { cpu.carry(job, backward, begin, end); });
+  }
+  void reduce(int i, double* gw, double* gu) const {
+    torch::stable::parallel_for(0, p.C, 16,
+                                [&](int64_t begin, int64_t end) { cpu.reduce(job, i, gw, gu, begin, end); });
   }
 };
+
+std::tuple<Tensor, Tensor> wkv_cpu(Tensor w, Tensor u, Tensor k, Tensor v, std::optional<Tensor> gate) {
+  const Problem p(w, u, k, v, gate);
+  CpuRun run(p);
+  Tensor y = torch::stable::empty_like(k), state = run.new_state();
+  if (p.empty()) return {y, state};
+  run.job.scan[0].y = run.view(y);
+  if (gate) run.job.scan[0].gate = run.view(*gate);
+  run.job.tops = run.place(state, &wkv::Scan::state);
+  run.phase(run.cpu.summary);
+  run.carry(false);
+  run.phase(run.cpu.emit);
+  return {y, state};
+}
+
+using GradientResults = std::tuple<Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>>;
+
+GradientResults wkv_backward_cpu(Tensor gy, Tensor w, Tensor u, Tensor k, Tensor v, std::optional<Tensor> gate,
+                                 Tensor state) {
+  const Problem p(w, u, k, v, gate);
+  CpuRun run(p);
+  Tensor gw = torch::stable::new_zeros(p.w, p.w.sizes()), gu = torch::stable::new_zeros(p.u, p.u.sizes());
+  Tensor gk = torch::stable::empty_like(k), gv = torch::stable::empty_like(v);
+  std::optional<Tensor> ggate;
+  if (gate) ggate = torch::stable::empty_like(*gate);
+  if (!p.empty()) {
+    const Tensor gstate = run.new_state(), partial = run.rows(2 * p.scans * run.tiles, ScalarType::Double);
+    wkv::Scan& s = run.job.scan[0];
+    s.gy = run.view(gy), s.gk = run.view(gk), s.gv = run.view(gv);
+    if (gate) s.gate = run.view(*gate), s.ggate = run.view(*ggate);
+    run.job.tops = run.place(state, &wkv::Scan::state);
+    run.place(gstate, &wkv::Scan::gstate);
+    for (int i = 0; i < run.job.orders; ++i) {
+      run.job.scan[i].partial = static_cast<double*>(partial.data_ptr()) + i * 2 * run.tiles * run.lanes;
+    }
+    run.phase(run.cpu.backward_summary);
+    run.carry(true);
+    run.phase(run.cpu.backward_emit);
+    for (int i = 0; i < run.job.orders; ++i) run.reduce(i, scan_rows(gw, run.row(i)), scan_rows(gu, run.row(i)));
+  }
+  return {torch::stable::to(gw, w.scalar_type()), torch::stable::to(gu, u.scalar_type()), gk, gv, ggate};
+}
+
+#ifdef WITH_CUDA
+
+bool is_16_bit(const Tensor& t) { return t.element_size() == 2; }
+
+// Where two scans are summed, 16-bit outputs are summed in float32 and rounded once.
+Tensor output_like(const Tensor& t, bool sum) {
+  return sum && is_16_bit(t) ? torch::stable::new_empty(t, t.sizes(), ScalarType::Float) : torch::stable::empty_like(t);
+}
+
+Tensor rounded_like(const Tensor& t, const Tensor& out) {
+  if (out.scalar_type() == t.scalar_type()) return out;
+  Tensor result = torch::stable::empty_like(t);
+  return torch::stable::copy_(result, out);
+}
 
 // The scan of the forward pass of `index`, with its outputs.
 wkv::Scan forward_scan(const Problem& p, int64_t index, const Tensor& y, const Tensor& state) {
   wkv::Scan s = p.scan(index);
   s.y = view_of(y, index == 1);
+  if (p.gate && index == p.scans - 1) s.gate = view_of(*p.gate, index == 1);
   s.state = scan_rows(state, index);
   return s;
 }
 
-std::tuple<Tensor, Tensor> wkv_cpu(Tensor w, Tensor u, Tensor k, Tensor v) {
-  const Problem p(w, u, k, v);
-  Tensor y = output_like(k, p.scans > 1), state = p.new_state();
-  for (int64_t i = 0; i < p.scans && !p.empty(); ++i) {
-    const CpuRun run(p, forward_scan(p, i, y, state));
-    run.phase(run.cpu.summary);
-    run.carry(run.s.state);
-    run.phase(run.cpu.emit);
-  }
-  return {rounded_like(k, y), state};
-}
-
 // The tensors of the backward pass, and its scans.
 struct Gradients {
-  Tensor gy, gw, gu, gk, gv, state, gstate, partial;
+  Tensor gy, gw, gu, gk, gv;
+  std::optional<Tensor> ggate;
+  Tensor state, gstate, partial;
 
   Gradients(const Problem& p, const Tensor& gy_, const Tensor& state_)
       : gy(gy_),
@@ -193,41 +269,27 @@ struct Gradients {
         gv(output_like(p.v, p.scans > 1)),
         state(state_),
         gstate(p.new_state()),
-        partial(p.new_partial()) {}
+        partial(p.new_partial()) {
+    if (p.gate) ggate = output_like(*p.gate, p.scans > 1);
+  }
 
   wkv::Scan scan(const Problem& p, int64_t index) const {
     wkv::Scan s = p.scan(index);
     s.gy = view_of(gy, index == 1);
     s.gk = view_of(gk, index == 1);
     s.gv = view_of(gv, index == 1);
+    if (p.gate) s.gate = view_of(*p.gate, index == 1), s.ggate = view_of(*ggate, index == 1);
     s.state = scan_rows(state, index);
     s.gstate = scan_rows(gstate, index);
-    s.partial = static_cast<double*>(partial.data_ptr());
+    s.partial = scan_rows(partial, index);
     return s;
   }
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor> result(const Tensor& w, const Tensor& u, const Tensor& k,
-                                                    const Tensor& v) const {
-    return {torch::stable::to(gw, w.scalar_type()), torch::stable::to(gu, u.scalar_type()), rounded_like(k, gk),
-            rounded_like(v, gv)};
+  GradientResults result(const Problem& p, const Tensor& w, const Tensor& u) const {
+    return {torch::stable::to(gw, w.scalar_type()), torch::stable::to(gu, u.scalar_type()), rounded_like(p.k, gk),
+            rounded_like(p.v, gv), p.gate ? std::optional<Tensor>(rounded_like(*p.gate, *ggate)) : std::nullopt};
   }
 };
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> wkv_backward_cpu(Tensor gy, Tensor w, Tensor u, Tensor k, Tensor v,
-                                                            Tensor state) {
-  const Problem p(w, u, k, v);
-  const Gradients gradients(p, gy, state);
-  for (int64_t i = 0; i < p.scans && !p.empty(); ++i) {
-    const CpuRun run(p, gradients.scan(p, i));
-    run.phase(run.cpu.backward_summary);
-    run.carry(run.s.gstate);
-    run.phase(run.cpu.backward_emit);
-    run.reduce(scan_rows(gradients.gw, i), scan_rows(gradients.gu, i));
-  }
-  return gradients.result(w, u, k, v);
-}
-
-#ifdef WITH_CUDA
 
 // Looked up when it is first needed: linked in, it would keep the library from loading beside a CPU build of torch.
 void* current_stream(int32_t device) {
@@ -245,34 +307,41 @@ void* current_stream(int32_t device) {
 
 void check_cuda(const char* error) { STD_TORCH_CHECK(error == nullptr, "bi_wkv on CUDA: ", error); }
 
-Tensor new_flags(const Problem& p) {
-  const int64_t count = wkv::cuda_flag_count(p.scan(0));
+using CudaScans = std::array<wkv::Scan, 2>;
+
+Tensor new_flags(const Problem& p, const CudaScans& scans) {
+  const int64_t count = wkv::cuda_flag_count(scans.data(), static_cast<int>(p.scans));
   return torch::stable::new_empty(p.k, {&count, 1}, ScalarType::Byte);
 }
 
-std::tuple<Tensor, Tensor> wkv_cuda(Tensor w, Tensor u, Tensor k, Tensor v) {
+std::tuple<Tensor, Tensor> wkv_cuda(Tensor w, Tensor u, Tensor k, Tensor v, std::optional<Tensor> gate) {
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
-  const Problem p(w, u, k, v);
-  Tensor y = output_like(k, p.scans > 1), state = p.new_state(), flags = new_flags(p);
-  for (int64_t i = 0; i < p.scans && !p.empty(); ++i) {
-    check_cuda(wkv::cuda_forward(forward_scan(p, i, y, state), static_cast<unsigned char*>(flags.data_ptr()),
+  const Problem p(w, u, k, v, gate);
+  Tensor y = output_like(k, p.scans > 1), state = p.new_state();
+  if (!p.empty()) {
+    CudaScans scans;
+    for (int64_t i = 0; i < p.scans; ++i) scans[i] = forward_scan(p, i, y, state);
+    Tensor flags = new_flags(p, scans);
+    check_cuda(wkv::cuda_forward(scans.data(), static_cast<int>(p.scans), static_cast<unsigned char*>(flags.data_ptr()),
                                  current_stream(k.get_device_index())));
   }
   return {rounded_like(k, y), state};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> wkv_backward_cuda(Tensor gy, Tensor w, Tensor u, Tensor k, Tensor v,
-                                                             Tensor state) {
+GradientResults wkv_backward_cuda(Tensor gy, Tensor w, Tensor u, Tensor k, Tensor v, std::optional<Tensor> gate,
+                                  Tensor state) {
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
-  const Problem p(w, u, k, v);
+  const Problem p(w, u, k, v, gate);
   const Gradients gradients(p, gy, state);
-  Tensor flags = new_flags(p);
-  for (int64_t i = 0; i < p.scans && !p.empty(); ++i) {
-    check_cuda(wkv::cuda_backward(gradients.scan(p, i), static_cast<unsigned char*>(flags.data_ptr()),
-                                  scan_rows(gradients.gw, i), scan_rows(gradients.gu, i),
-                                  current_stream(k.get_device_index())));
+  if (!p.empty()) {
+    CudaScans scans;
+    for (int64_t i = 0; i < p.scans; ++i) scans[i] = gradients.scan(p, i);
+    Tensor flags = new_flags(p, scans);
+    check_cuda(wkv::cuda_backward(scans.data(), static_cast<int>(p.scans),
+                                  static_cast<unsigned char*>(flags.data_ptr()), scan_rows(gradients.gw, 0),
+                                  scan_rows(gradients.gu, 0), current_stream(k.get_device_index())));
   }
-  return gradients.result(w, u, k, v);
+  return gradients.result(p, w, u);
 }
 
 #endif
@@ -290,10 +359,10 @@ std::string build_info() {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(rwkvir, m) {
-  m.def("wkv(Tensor w, Tensor u, Tensor k, Tensor v) -> (Tensor y, Tensor state)");
+  m.def("wkv(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? gate=None) -> (Tensor y, Tensor state)");
   m.def(
-      "wkv_backward(Tensor gy, Tensor w, Tensor u, Tensor k, Tensor v, Tensor state)"
-      " -> (Tensor gw, Tensor gu, Tensor gk, Tensor gv)");
+      "wkv_backward(Tensor gy, Tensor w, Tensor u, Tensor k, Tensor v, Tensor? gate, Tensor state)"
+      " -> (Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor? ggate)");
   m.def("build_info() -> str");
 }
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 CHUNK = 64  # tokens whose state is kept for the gradients as one; kChunkTokens in csrc/bi_wkv_scan.h
 LANES = 16  # channels a state row is padded to a multiple of; kLanes there
+TILE = 32  # rows and columns of pixels that a sum of two scans takes at once; kTileRows and kTileColumns there
+NARROW = 16  # columns up to which segments are of several rows; kNarrow there
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BUILD_COMMAND = "pip install --no-build-isolation ."
 
@@ -36,11 +38,12 @@ def bi_wkv_reference(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("btic,bic->btc", (bias + k[:, None]).softmax(dim=2), v)  # (B, T, C)
 
 
-def cross_bi_wkv_reference(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def cross_bi_wkv_reference(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None) -> Tensor:
     """Cross-Bi-WKV straight from the formula: args and result as for :func:`cross_bi_wkv`, in float64."""
     rows = bi_wkv_reference(w[0], u[0], k, v)
     columns = bi_wkv_reference(w[1], u[1], k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-    return rows + columns
+    y = rows + columns
+    return y if gate is None else gate.double().sigmoid() * y
 
 
 def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -71,7 +74,7 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _wkv(w[None], u[None], k, v)
 
 
-def cross_bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def cross_bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None) -> Tensor:
     """Cross-Bi-WKV: the sum of a Bi-WKV over the row-major and one over the column-major token order.
 
     Args:
@@ -79,14 +82,15 @@ def cross_bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
         u: (2, C), bonus of a token for itself, likewise.
         k: (B, H, W, C), any strides.
         v: like k.
+        gate: like k, or None. The sum is multiplied by its sigmoid, before it is rounded.
 
     Returns:
         y, with the shape, strides and dtype of k. Dtypes, autocast, gradients and errors as for :func:`bi_wkv`.
     """
     if k.dim() != 4:
         raise ValueError(f"cross_bi_wkv: k must be (B, H, W, C), got {_describe(k)}")
-    _check("cross_bi_wkv", w, u, k, v, parameters=(2, k.shape[-1]))
-    return _wkv(w, u, k, v)
+    _check("cross_bi_wkv", w, u, k, v, parameters=(2, k.shape[-1]), gate=gate)
+    return _wkv(w, u, k, v, gate)
 
 
 def build_info() -> dict[str, str | None]:
@@ -110,26 +114,34 @@ def _describe(x: Tensor) -> str:
     return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
 
 
-def _check(name: str, w: Tensor, u: Tensor, k: Tensor, v: Tensor, parameters: tuple[int, ...]) -> None:
+def _check(
+    name: str, w: Tensor, u: Tensor, k: Tensor, v: Tensor, parameters: tuple[int, ...], gate: Tensor | None = None
+) -> None:
     for label, x in (("w", w), ("u", u)):
         if x.shape != parameters:
             raise ValueError(f"{name}: {label} must be {parameters} for k of {tuple(k.shape)}, got {_describe(x)}")
-    if v.shape != k.shape:
-        raise ValueError(f"{name}: k and v must have one shape, got k {_describe(k)} and v {_describe(v)}")
-    for label, x in (("w", w), ("u", u), ("k", k), ("v", v)):
+    like_k = {"v": v} if gate is None else {"v": v, "gate": gate}
+    for label, x in {"w": w, "u": u, "k": k, **like_k}.items():
         if x.dtype not in DTYPES:
             raise ValueError(f"{name}: {label} must be float32, float64, bfloat16 or float16, got {_describe(x)}")
         if x.device != k.device:
             raise ValueError(f"{name}: {label} is on {x.device} and k on {k.device}; move them to one device")
-    if v.dtype != k.dtype and not torch.is_autocast_enabled(k.device.type):
-        raise ValueError(f"{name}: k and v must have one dtype, got k {_describe(k)} and v {_describe(v)}")
+    for label, x in like_k.items():
+        if x.shape != k.shape:
+            raise ValueError(
+                f"{name}: k and {label} must have one shape, got k {_describe(k)} and {label} {_describe(x)}"
+            )
+        if x.dtype != k.dtype and not torch.is_autocast_enabled(k.device.type):
+            raise ValueError(
+                f"{name}: k and {label} must have one dtype, got k {_describe(k)} and {label} {_describe(x)}"
+            )
 
 
-def _wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One or two scans, w, u: (S, C), of k, v: (B, H, W, C)."""
+def _wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None) -> Tensor:
+    """One or two scans, w, u: (S, C), of k, v: (B, H, W, C), times the sigmoid of `gate`."""
     _require_build()
     _require_device(k.device.type)
-    return torch.ops.rwkvir.wkv(w, u, k, v)[0]
+    return torch.ops.rwkvir.wkv(w, u, k, v, gate)[0]
 
 
 def _require_build() -> None:
@@ -162,21 +174,44 @@ def _load() -> str | None:
     return None
 
 
+def _state_shape(scans: int, k: Tensor) -> tuple[int, ...]:
+    """The shape of what csrc/bindings.cpp keeps for the gradients: numbers of states, by channels."""
+    B, H, W, C = k.shape
+    lanes = _ceil(C, LANES) * LANES
+    if k.device.type == "cuda":
+        return scans, B, _ceil(H * W, CHUNK), 6, lanes
+    if scans == 1:
+        return B * _ceil(H * W, CHUNK) * 7, lanes
+    if H <= NARROW and H < W:
+        H, W = W, H
+    tiles, segments = _ceil(H, TILE) * _ceil(W, TILE), W * _ceil(H, TILE)
+    if W > NARROW:
+        segments += H * _ceil(W, TILE)
+    else:
+        rows = next(rows for rows in (32, 16, 8, 4, 2) if rows * W <= TILE)
+        segments += _ceil(H, rows)
+    return B * (6 * segments + tiles), lanes
+
+
+def _ceil(a: int, b: int) -> int:
+    """a / b rounded up; also where `a` is a torch.SymInt."""
+    return (a + b - 1) // b
+
+
 def _register() -> None:
     @torch.library.register_fake("rwkvir::wkv")
-    def _(w, u, k, v):
-        B, H, W, C = k.shape
-        chunks, lanes = (H * W + CHUNK - 1) // CHUNK, (C + LANES - 1) // LANES * LANES
-        return torch.empty_like(k), k.new_empty((w.shape[0], B, chunks, 6, lanes), dtype=torch.float64)
+    def _(w, u, k, v, gate=None):
+        return torch.empty_like(k), k.new_empty(_state_shape(w.shape[0], k), dtype=torch.float64)
 
     @torch.library.register_fake("rwkvir::wkv_backward")
-    def _(gy, w, u, k, v, state):
+    def _(gy, w, u, k, v, gate, state):
         contiguous = torch.contiguous_format
         return (
             torch.empty_like(w, memory_format=contiguous),
             torch.empty_like(u, memory_format=contiguous),
             torch.empty_like(k),
             torch.empty_like(v),
+            None if gate is None else torch.empty_like(gate),
         )
 
     def keep(ctx, inputs, output):

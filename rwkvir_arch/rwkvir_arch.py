@@ -9,11 +9,14 @@ import math
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 from rwkvir_arch.bi_wkv import bi_wkv, cross_bi_wkv
@@ -43,6 +46,16 @@ class TokenConv2d(nn.Conv2d):
         return to_tokens(super().forward(to_image(x)))  # (B, H, W, C_out)
 
 
+class PointwiseConv2d(nn.Conv2d):
+    """A 1x1 convolution, (B, C, H, W) -> (B, C_out, H, W), as a matrix product: faster if memory is channels_last."""
+
+    def __init__(self, C: int, C_out: int) -> None:
+        super().__init__(C, C_out, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return to_image(F.linear(to_tokens(x), self.weight.flatten(1), self.bias))
+
+
 def dc_shift_norm(kind: str, channels: int) -> nn.Module:
     if kind == "batch":
         return nn.BatchNorm2d(channels)
@@ -56,17 +69,32 @@ class DCShift(nn.Module):
         super().__init__()
         m = max(1, round(C * ratio))
         self.body = nn.Sequential(
-            nn.Conv2d(C, m, 1, bias=False),
+            PointwiseConv2d(C, m),
             dc_shift_norm(norm, m),
             nn.GELU(),
             nn.Conv2d(m, m, 3, padding=1, groups=m, bias=False),
             nn.GELU(),
-            nn.Conv2d(m, C, 1, bias=False),
+            PointwiseConv2d(m, C),
             dc_shift_norm(norm, C),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         return to_tokens(self.body(to_image(x)))
+
+    def can_fold(self) -> bool:
+        """Neither folded already, nor normalised by the statistics of each picture."""
+        return isinstance(self.body[-1], (nn.BatchNorm2d, nn.Identity))
+
+    def fold(self) -> PointwiseConv2d:
+        """Fold the normalisations into the convolutions, and take the last one, which is returned, out of the body."""
+        first, norm, gelu, depthwise, _, last, last_norm = self.body
+        self.body = nn.Sequential(with_norm(first, norm), gelu, depthwise, gelu)
+        return with_norm(last, last_norm)
+
+
+def with_norm(conv: Any, norm: nn.Module) -> PointwiseConv2d:
+    """`conv`, and in eval mode what BatchNorm does after it, as one convolution."""
+    return fuse_conv_bn_eval(conv, norm) if isinstance(norm, nn.BatchNorm2d) else conv
 
 
 class QShift(nn.Module):
@@ -133,31 +161,80 @@ class SpatialMix(nn.Module):
         bonus = math.log(0.3) + 0.5 * ((torch.arange(C) + 1) % 3 - 1)
         self.decay = nn.Parameter(decay.repeat(scans, 1))  # (S, C)
         self.bonus = nn.Parameter(bonus.repeat(scans, 1))  # (S, C)
+        self.register_load_state_dict_pre_hook(refuse_other_form)
 
     def forward(self, x: Tensor) -> Tensor:
         d = self.shift(x)
-        r, k, v = self.receptance(d), self.key(d), self.value(d)
-        return self.output(torch.sigmoid(r) * self.wkv(k, v).to(r.dtype))
+        return self.output(self.gated_wkv(self.receptance(d), self.key(d), self.value(d)))
 
-    def wkv(self, k: Tensor, v: Tensor) -> Tensor:
+    def gated_wkv(self, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """sigmoid(r) * WKV(k, v), over the scans that the option `scan` names."""
         T = k.shape[1] * k.shape[2]
         if self.decay_scale == "tokens":
             w, u = self.decay / T, self.bonus / T
         else:
             w, u = F.softplus(self.decay) / math.sqrt(T), self.bonus
         if self.scan == "cross":
-            return cross_bi_wkv(w, u, k, v)
+            return cross_bi_wkv(w, u, k, v, gate=r)
         if self.scan == "sequential":
-            return self.columns(w[1], u[1], k, bi_wkv(w[0], u[0], k, v))
-        return (self.columns if self.by_column else bi_wkv)(w[0], u[0], k, v)
+            y = self.columns(w[1], u[1], k, bi_wkv(w[0], u[0], k, v))
+        else:
+            y = (self.columns if self.by_column else bi_wkv)(w[0], u[0], k, v)
+        return r.sigmoid() * y
 
     @staticmethod
     def columns(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return bi_wkv(w, u, k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
+    def fuse(self) -> None:
+        """Fold what is linear between the second GELU of the DC-Shift and r, k and v: see RWKVIR.fuse."""
+        if not isinstance(self.shift, DCShift) or not self.shift.can_fold():
+            return
+        conv = self.shift.fold()
+        weight = conv.weight.detach().flatten(1).double()  # (C, m)
+        bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach().double()
+        for linear in (self.receptance, self.key, self.value):
+            matrix = linear.weight.detach().double()
+            linear.in_features = weight.shape[1]
+            linear.weight = nn.Parameter((matrix @ weight).to(linear.weight.dtype))  # (C, m)
+            linear.bias = nn.Parameter((matrix @ bias).to(linear.weight.dtype))
+
+
+def refuse_other_form(module: SpatialMix, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    """A hook of load_state_dict: the weights of a fused network are those of another function."""
+    fused = module.key.bias is not None
+    if f"{prefix}key.bias" in state_dict and not fused:
+        raise ValueError(
+            "RWKVIR: these weights were saved after fuse(), and this network is not fused; call eval() and fuse() on "
+            "it first, or load the weights that were saved before"
+        )
+    if f"{prefix}key.weight" in state_dict and f"{prefix}key.bias" not in state_dict and fused:
+        raise ValueError("RWKVIR: this network is fused, and these weights are not; load them first, then call fuse()")
+
+
+class SquaredReLU(torch.autograd.Function):
+    """relu(x)^2; autograd's own gradient of it takes twice as many passes over the network's widest tensor."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        h = x.relu()
+        ctx.save_for_backward(h)
+        return h * h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> Tensor:
+        (h,) = ctx.saved_tensors
+        return (g * h).mul_(2)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2, in place where no gradient is wanted."""
+    return SquaredReLU.apply(x) if torch.is_grad_enabled() else x.relu_().square_()
+
 
 class ChannelMix(nn.Module):
-    """sigmoid(W_r x) * W_v(relu(W_k x)^2): (B, H, W, C) -> (B, H, W, C)."""
+    """skip + sigmoid(W_r x) * W_v(relu(W_k x)^2): (B, H, W, C), (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, C: int, hidden_ratio: float) -> None:
         super().__init__()
@@ -166,8 +243,9 @@ class ChannelMix(nn.Module):
         self.key = nn.Linear(C, hidden, bias=False)
         self.value = nn.Linear(hidden, C, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self.receptance(x)) * self.value(F.relu(self.key(x)).square())
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        gate = self.receptance(x).sigmoid_()
+        return torch.addcmul(skip, gate, self.value(squared_relu(self.key(x))))
 
 
 class GLLB(nn.Module):
@@ -182,7 +260,7 @@ class GLLB(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.spatial(self.norm1(x))
-        return x + self.channel(self.norm2(x))
+        return self.channel(self.norm2(x), x)
 
 
 class GLLL(nn.Module):
@@ -326,7 +404,7 @@ class RWKVIR(nn.Module):
                 f"RWKVIR takes pictures of {self.num_in_ch} channels, (B, {self.num_in_ch}, H, W), got {tuple(x.shape)}"
                 "; set num_in_ch (and num_out_ch) in network_g to what the dataset gives: 3 for RGB, 1 for grey"
             )
-        x = (x - self.mean_in) * self.img_range
+        x = ((x - self.mean_in) * self.img_range).contiguous(memory_format=torch.channels_last)
         f = to_tokens(self.conv_first(x))  # (B, H, W, C)
         z = self.norm_first(f)
         for layer in self.layers:
@@ -336,6 +414,26 @@ class RWKVIR(nn.Module):
         if not self.upsampler:
             y = x + y
         return y / self.img_range + self.mean_out
+
+    def fuse(self) -> "RWKVIR":
+        """For inference: fold BatchNorm into the convolutions beside it, and these into the linear layers that follow.
+
+        In place, once, and exactly but for rounding. Networks with `shift` other than `dc` or `dc_norm: instance` have
+        nothing to fold and stay as they are. The state dict of a fused network has other entries: it loads into a fused
+        network only, and load_state_dict of the other kind says so.
+
+        Returns:
+            the network itself.
+
+        Raises:
+            ValueError: the network is in training mode, in which BatchNorm is not a constant.
+        """
+        if self.training:
+            raise ValueError("RWKVIR.fuse folds BatchNorm's running statistics; call eval() on the network first")
+        for module in self.modules():
+            if isinstance(module, SpatialMix):
+                module.fuse()
+        return self
 
 
 def channel_mean(channels: int) -> Tensor:

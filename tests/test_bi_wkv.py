@@ -18,6 +18,10 @@ from rwkvir_arch.bi_wkv import build_info
 FORWARD = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 BACKWARD = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 EDGE_LENGTHS = [1, 2, 3, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200]
+LONG = [4095, 4096, 4097, 65537]
+# Around the edges of tiles of 32 x 32 pixels, and of images so narrow (16) that several rows are walked as one.
+IMAGES = [(1, 1, 1, 3), (2, 1, 70, 16), (2, 70, 1, 16), (1, 67, 3, 3), (1, 3, 67, 3), (2, 7, 7, 20), (1, 16, 17, 2)]
+IMAGES += [(1, 17, 16, 2), (1, 33, 16, 2), (1, 13, 21, 20), (1, 32, 33, 1), (1, 34, 31, 2)]
 
 
 @pytest.fixture(
@@ -61,7 +65,7 @@ def gradients(function, inputs, gy):
 
 
 def assert_matches_reference(inputs, gy=None, dtype=None):
-    """Checks y and all gradients.
+    """Checks y and all gradients; a fifth input is the gate.
 
     A gradient may be the small difference of large terms; it is then given the rounding of those terms: 1e-6 of them in
     float32 (measured: 3e-7 at most), beside the table's share of the gradient itself.
@@ -74,14 +78,18 @@ def assert_matches_reference(inputs, gy=None, dtype=None):
     ours = gradients(function, inputs, gy)
     doubles = [x.double() for x in inputs]
     theirs = gradients(reference, doubles, gy.double())
-    absolute = gradients(reference, [*doubles[:3], doubles[3].abs()], gy.double().abs())
+    absolute = gradients(reference, [*doubles[:3], doubles[3].abs(), *doubles[4:]], gy.double().abs())
     terms_k = (absolute[4] * doubles[3].abs()).max().item()
     T = inputs[2][0, ..., 0].numel()
     terms_u = (gy.double().abs() * (doubles[3].abs().amax())).sum(dim=tuple(range(gy.dim() - 1))).max().item()
     rounding = 1e-6 * FORWARD[dtype] / FORWARD[torch.float32]
     assert ours[0].dtype == inputs[2].dtype and ours[0].shape == inputs[2].shape
     for name, got, want, terms in zip(
-        ("y", "gw", "gu", "gk", "gv"), ours, theirs, (0, terms_u * T, terms_u, terms_k, 0), strict=True
+        ("y", "gw", "gu", "gk", "gv", "ggate")[: len(ours)],
+        ours,
+        theirs,
+        (0, terms_u * T, terms_u, terms_k, 0, 0)[: len(ours)],
+        strict=True,
     ):
         tolerance = (FORWARD if name == "y" else BACKWARD)[dtype]
         if name in ("gw", "gu"):  # summed and returned in float32 also for 16-bit k and v
@@ -97,9 +105,90 @@ def test_edge_lengths(T, C):
     assert_matches_reference(example(2, T, C))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 3), (2, 1, 70, 16), (2, 70, 1, 16), (1, 13, 21, 20), (2, 64, 8, 5)])
+@pytest.mark.parametrize("T", LONG)
+def test_long(T):
+    """Against the same recurrence in float64, which other tests hold to the reference."""
+    inputs, gy = example(1, T, 2), torch.randn(1, T, 2)
+    doubles = gradients(bi_wkv, [x.double() for x in inputs], gy)
+    for i, (got, want) in enumerate(zip(gradients(bi_wkv, inputs, gy), doubles, strict=True)):
+        assert (got.double() - want).abs().max() <= (2e-5 if i or T > 4097 else 2e-6) * want.abs().max()
+
+
+def test_every_number_of_channels():
+    """Each channel is computed as if it were alone, whatever vector it falls into."""
+    for T in (1, 70):
+        inputs, gy = example(1, T, 300), torch.randn(1, T, 300)
+        whole = gradients(bi_wkv, inputs, gy)
+        for C in range(1, 300):
+            some = gradients(bi_wkv, [x[..., :C].contiguous() for x in inputs], gy[..., :C])
+            for got, want in zip(some, whole, strict=True):
+                assert torch.allclose(got, want[..., :C], rtol=1e-5, atol=1e-5), C
+
+
+@pytest.mark.parametrize("shape", IMAGES)
 def test_cross_is_the_sum_of_both_orders(shape):
     assert_matches_reference(example(*shape))
+
+
+def stripes(shape, axis, low):
+    """Keys that fall by `low` in bands along an axis: a tile's scale does not fit all of its rows or columns."""
+    w, u, k, v = example(*shape)
+    bands = (torch.arange(shape[axis]) // 5 % 2 == 1).view([-1 if i == axis else 1 for i in range(4)])
+    return [w * 20, u, torch.where(bands, k + low, k), v]
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("low", [-20.0, -35.0, -100.0, -3000.0, -torch.inf])
+def test_rows_and_columns_far_below_the_rest(axis, low):
+    w, u, k, v = inputs = stripes((1, 34, 35, 2), axis, low)
+    gate, gy = torch.randn_like(k), torch.randn_like(k)
+    if low > -torch.inf:
+        return assert_matches_reference([*inputs, gate], gy)
+    expected = cross_bi_wkv_reference(w, u, k, v, gate)
+    assert torch.allclose(cross_bi_wkv(w, u, k, v, gate).double(), expected, rtol=0, atol=2e-6)
+    assert all(x.isfinite().all() for x in gradients(cross_bi_wkv, [*inputs, gate], gy))
+
+
+@pytest.mark.parametrize(
+    "change", [(2, 1e3), (2, 1e6), (3, 1e30), (3, 1e-30), (0, 1e4), (0, -1e4), (1, 1e4), (1, -1e4)]
+)
+def test_extremes_of_the_cross_scan(change):
+    inputs = [*example(1, 33, 20, 3), torch.randn(1, 33, 20, 3)]
+    index, size = change
+    inputs[index] = torch.rand(2, 3) * size / 660 if index == 0 else inputs[index] * size
+    assert_matches_reference(inputs)
+
+
+def test_nan_of_the_cross_scan_stays_in_its_channel_and_batch():
+    w, u, k, v = example(2, 33, 20, 20)
+    gate = torch.randn_like(k)
+    clean = cross_bi_wkv(w, u, k, v, gate)
+    k[0, 7, 7, 3] = v[1, 30, 19, 5] = gate[1, 2, 3, 4] = torch.nan
+    y = cross_bi_wkv(w, u, k, v, gate)
+    spoilt = torch.zeros_like(y, dtype=torch.bool)
+    spoilt[0, ..., 3] = spoilt[1, ..., 5] = spoilt[1, 2, 3, 4] = True
+    assert y[spoilt].isnan().all()
+    assert torch.allclose(y[~spoilt], clean[~spoilt], rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("value, tolerance", [(0.5, 0), (-4.0, 0), (0.7, 2e-6)])
+def test_constant_values_come_through(value, tolerance):
+    """Exactly where it is a power of two; elsewhere e^k v and its sums are rounded (measured: 1.7e-6)."""
+    w, u, k, _ = example(1, 33, 20, 3, key=10.0)
+    v = torch.full_like(k, value)
+    assert torch.allclose(cross_bi_wkv(w, u, k, v), 2 * v, rtol=tolerance, atol=0)
+    assert torch.allclose(bi_wkv(w[0], u[0], k, v), v, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("dtype", FORWARD)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 3), (2, 7, 40, 3), (1, 40, 3, 18)])
+def test_gate(shape, dtype):
+    inputs = example(*shape, dtype=dtype)
+    gate = torch.randn(shape, dtype=inputs[0].dtype).mul(10).to(dtype)
+    assert_matches_reference([*inputs, gate])
+    assert_matches_reference([*inputs, gate.transpose(1, 2).contiguous().transpose(1, 2)])
+    inputs[2][..., :2] *= 1e4  # beyond what float will do for
+    assert_matches_reference([*inputs, gate])
 
 
 @pytest.mark.parametrize("dtype", FORWARD)
@@ -254,30 +343,53 @@ def test_symmetries(T, C, seed, shift):
     assert (y.amax(1) <= v.amax(1) + tolerance).all() and (y.amin(1) >= v.amin(1) - tolerance).all()
 
 
-@pytest.mark.parametrize("function, shape", [(bi_wkv, (1, 70, 3)), (cross_bi_wkv, (1, 9, 8, 3))])
+@settings(max_examples=30, deadline=None)
+@given(H=st.integers(1, 70), W=st.integers(1, 70), C=st.integers(1, 20), seed=st.integers(0, 2**31))
+def test_symmetries_of_the_cross_scan(H, W, C, seed):
+    torch.manual_seed(seed)
+    w, u, k, v = example(1, H, W, C)
+    gate = torch.randn_like(k)
+    y = cross_bi_wkv(w, u, k, v, gate)
+
+    def assert_same(other):
+        assert torch.allclose(y, other, rtol=0, atol=8e-6 * max(1.0, v.abs().max().item()))
+
+    assert_same(cross_bi_wkv(w, u, *(x.flip(1, 2) for x in (k, v, gate))).flip(1, 2))
+    assert_same(cross_bi_wkv(w.flip(0), u.flip(0), *(x.transpose(1, 2) for x in (k, v, gate))).transpose(1, 2))
+    scans = bi_wkv(w[0], u[0], k, v), bi_wkv(w[1], u[1], *(x.transpose(1, 2) for x in (k, v))).transpose(1, 2)
+    assert_same(gate.sigmoid() * sum(scans))
+
+
+@pytest.mark.parametrize(
+    "function, shape", [(bi_wkv, (1, 70, 3)), (cross_bi_wkv, (1, 9, 8, 3)), (cross_bi_wkv, (1, 3, 33, 2))]
+)
 def test_gradcheck(function, shape):
     inputs = [x.requires_grad_() for x in example(*shape, dtype=torch.float64)]
+    if function is cross_bi_wkv:
+        inputs.append(torch.randn(shape, dtype=torch.float64, requires_grad=True))
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("scans", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(scans, dtype):
+@pytest.mark.parametrize("gated", [False, True])
+def test_opcheck(scans, dtype, gated):
     w, u, k, v = example(2, 9, 8, 20, dtype=dtype)
-    inputs = [x.requires_grad_() for x in (w[:scans].contiguous(), u[:scans].contiguous(), k, v)]
+    images = [k, v, torch.randn_like(k)] if gated else [k, v]
+    inputs = [x.requires_grad_() for x in (w[:scans].contiguous(), u[:scans].contiguous(), *images)]
     torch.library.opcheck(torch.ops.rwkvir.wkv, inputs)
-    torch.library.opcheck(torch.ops.rwkvir.wkv, [*inputs[:2], *(x.detach().transpose(1, 2) for x in inputs[2:])])
-    with torch.no_grad():
-        y, state = torch.ops.rwkvir.wkv(*inputs)
-    torch.library.opcheck(torch.ops.rwkvir.wkv_backward, [torch.randn_like(y), *(x.detach() for x in inputs), state])
+    torch.library.opcheck(torch.ops.rwkvir.wkv, [*inputs[:2], *(x.detach().transpose(1, 2) for x in images)])
+    inputs = [*(x.detach() for x in inputs), *([] if gated else [None])]
+    y, state = torch.ops.rwkvir.wkv(*inputs)
+    torch.library.opcheck(torch.ops.rwkvir.wkv_backward, [torch.randn_like(y), *inputs, state])
 
 
 def test_compile():
-    inputs = example(2, 9, 8, 20)
+    inputs = [*example(2, 9, 8, 20), torch.randn(2, 9, 8, 20)]
     gy = torch.randn(2, 9, 8, 20)
 
-    def function(w, u, k, v):
-        return cross_bi_wkv(w, u, k + 1, v).sigmoid()
+    def function(w, u, k, v, gate):
+        return cross_bi_wkv(w, u, k + 1, v, gate).sigmoid()
 
     compiled = torch.compile(function, fullgraph=True)
     for got, want in zip(gradients(compiled, inputs, gy), gradients(function, inputs, gy), strict=True):
@@ -300,7 +412,7 @@ def test_double_backward_raises():
 
 
 def test_gradients_are_the_same_for_any_number_of_threads():
-    inputs, gy = example(2, 30, 40, 20), torch.randn(2, 30, 40, 20)
+    inputs, gy = [*example(2, 30, 70, 20), torch.randn(2, 30, 70, 20)], torch.randn(2, 30, 70, 20)
     threads = torch.get_num_threads()
     results = []
     try:
@@ -320,7 +432,11 @@ def test_every_instruction_set(isa):
         "import test_bi_wkv as t\n"
         "from rwkvir_arch.bi_wkv import build_info\n"
         "print(build_info()['cpu'])\n"
-        "for dtype in t.FORWARD: t.assert_matches_reference(t.example(2, 9, 17, 20, dtype=dtype))\n"
+        "for shape in (*t.IMAGES, (2, 9, 17, 20)):\n"
+        "    for dtype in t.FORWARD:\n"
+        "        inputs = t.example(*shape, dtype=dtype)\n"
+        "        t.assert_matches_reference([*inputs, inputs[2].flip(1)])\n"
+        "for axis in (1, 2): t.assert_matches_reference(t.stripes((1, 34, 35, 2), axis, -35.0))\n"
         "t.assert_matches_reference(t.example(1, 200, 48))\n"
     )
     run = subprocess.run(

@@ -1,4 +1,4 @@
-"""The network: sizes, options, gradients, parameter counts, independence of the crop, checkpointing, state dicts."""
+"""The network: sizes, options, gradients, parameter counts, memory layout, checkpointing, fusing, state dicts."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from basicsr.archs import build_network
 from torch import nn
 
 from rwkvir_arch import RWKVIR, bi_wkv_reference, cross_bi_wkv_reference
-from rwkvir_arch.rwkvir_arch import SpatialMix
+from rwkvir_arch.rwkvir_arch import SpatialMix, squared_relu
 
 SMALL = {"num_feat": 8, "depths": [2, 1], "hidden_ratio": 2}
 CLASSIC = {"num_feat": 192, "depths": [6] * 6, "upsampler": "pixelshuffle"}
@@ -94,14 +94,15 @@ def mix(**options):
 
 
 def test_scans_are_what_their_names_say():
-    k, v = torch.randn(2, 2, 5, 6, 8).unbind()
+    r, k, v = torch.randn(3, 2, 5, 6, 8).unbind()
     T = 30
 
     def columns(w, u, k, v):
         return bi_wkv_reference(w, u, k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
     def check(module, want):
-        assert torch.allclose(module.wkv(k, v).double(), want, rtol=0, atol=1e-5)
+        y = module.gated_wkv(r, k, v)
+        assert torch.allclose(y.double(), r.double().sigmoid() * want, rtol=0, atol=1e-5)
 
     cross = mix(scan="cross")
     w, u = cross.decay / T, cross.bonus / T
@@ -153,8 +154,22 @@ def test_activations_stay_channels_last():
     assert len(seen) == 3 * 3 + 2 and all(seen)
 
 
-def test_checkpointing_changes_nothing():
-    plain, checkpointed, x = small(), small(use_checkpoint=True), torch.rand(2, 3, 9, 7)
+def test_squared_relu_is_exact_with_its_gradient_and_without():
+    torch.manual_seed(0)
+    x = torch.cat((torch.randn(1000), torch.tensor([0.0, -0.0, 1e-30, 1e4, torch.inf, -torch.inf]))).requires_grad_()
+    want, gy = nn.functional.relu(x).square(), torch.randn(len(x))
+    assert torch.equal(squared_relu(x), want)
+    assert torch.equal(*(torch.autograd.grad(y, x, gy)[0] for y in (squared_relu(x), want)))
+    with torch.no_grad():
+        assert torch.equal(squared_relu(x.clone()), want)
+    (first,) = torch.autograd.grad(squared_relu(x), x, gy.requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("options", [{}, {"dc_norm": "instance"}, {"scan": "sequential"}], ids=str)
+def test_checkpointing_changes_nothing(options):
+    plain, checkpointed, x = small(**options), small(use_checkpoint=True, **options), torch.rand(2, 3, 9, 7)
     for model in (plain, checkpointed):
         model(x).square().sum().backward()
     for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
@@ -163,10 +178,70 @@ def test_checkpointing_changes_nothing():
         assert torch.equal(a, b), name
 
 
-def test_compiled_network_gives_the_same():
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiled_network_gives_the_same(fused):
     model, x = small().eval(), torch.rand(1, 3, 9, 7)
+    if fused:
+        learned(model).fuse()
     with torch.no_grad():
         assert torch.allclose(torch.compile(model, fullgraph=True)(x), model(x), atol=1e-5)
+
+
+def test_compiled_training_gives_the_same_gradients():
+    plain, compiled, x = small(depths=[1]), small(depths=[1]), torch.rand(2, 3, 9, 7)
+    plain(x).square().sum().backward()
+    torch.compile(compiled, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
+    for (name, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-5), name
+
+
+def learned(model):
+    """`model` as training leaves it: running statistics and affine parameters that are not those of the start."""
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.InstanceNorm2d | nn.LayerNorm):
+            nn.init.normal_(module.weight, 1, 0.2)
+            nn.init.normal_(module.bias, 0, 0.2)
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.1, 4)
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0, 0.3)
+    return model
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fusing_changes_nothing_but_rounding(options, dtype):
+    model, x = learned(small(**options)).eval().to(dtype), torch.rand(2, 3, 9, 7, dtype=dtype)
+    with torch.no_grad():
+        want = model(x)
+        fused = model.fuse()
+        got = fused(x)
+        assert fused is model and got.dtype == dtype
+        assert (got - want).abs().max() <= (1e-5 if dtype == torch.float32 else 1e-12) * want.abs().max()
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        model.fuse()
+        assert torch.equal(model(x), got) and state.keys() == model.state_dict().keys()
+
+
+def test_fusing_is_for_eval_mode():
+    with pytest.raises(ValueError, match=r"call eval\(\) on the network first"):
+        small().fuse()
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_weights_of_a_fused_network_load_into_a_fused_one_only(strict):
+    plain, fused, x = learned(small()).eval(), learned(small()).eval().fuse(), torch.rand(1, 3, 9, 7)
+    with pytest.raises(ValueError, match=r"saved after fuse\(\).*call eval\(\) and fuse\(\) on it first"):
+        nn.Sequential(plain).load_state_dict({f"0.{k}": v for k, v in fused.state_dict().items()}, strict=strict)
+    with pytest.raises(ValueError, match=r"this network is fused.*load them first, then call fuse\(\)"):
+        fused.load_state_dict(plain.state_dict(), strict=strict)
+    again = small().eval().fuse()
+    again.load_state_dict(fused.state_dict(), strict=strict)
+    with torch.no_grad():
+        assert torch.equal(again(x), fused(x))
 
 
 def test_autocast_runs_and_stays_close():

@@ -4,6 +4,7 @@
 // this file.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -22,6 +23,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(threads)
+#define __grid_constant__
 #define CUDART_VERSION 0
 
 using std::max;
@@ -39,6 +41,17 @@ inline float __int_as_float(int bits) {
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
+
+inline int __float_as_int(float x) {
+  int bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float __uint_as_float(uint32_t bits) { return __int_as_float(static_cast<int>(bits)); }
+
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b >> 32; }
+inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return static_cast<unsigned __int128>(a) * b >> 64; }
 
 using cudaStream_t = void*;
 using cudaError_t = const char*;  // null is success, anything else says what happened
@@ -60,12 +73,14 @@ inline std::vector<unsigned> shuffled(unsigned n) {
 struct Block {
   static constexpr size_t kStack = 256 << 10, kMaxThreads = 1024, kMaxShared = 48 << 10;
   struct Thread {
-    ucontext_t context;
     std::unique_ptr<char[]> stack;
+    ucontext_t start;
+    jmp_buf place;  // where it goes on; cheaper than a ucontext, which also keeps the signal mask
+    bool started;
     int barrier;  // the source line where it waits, 0 before the first one, -1 at its end
   };
-  ucontext_t scheduler;
-  std::vector<Thread> threads;
+  jmp_buf scheduler;
+  std::vector<std::unique_ptr<Thread>> threads;
   Thread* current;
   std::function<void()> kernel;
   std::map<int, std::unique_ptr<uint16_t[]>> shared;  // by source line
@@ -73,7 +88,15 @@ struct Block {
 
   void wait(int line) {
     current->barrier = line;
-    swapcontext(&current->context, &scheduler);
+    if (_setjmp(current->place) == 0) _longjmp(scheduler, 1);
+  }
+
+  void resume(Thread& thread) {
+    current = &thread;
+    if (_setjmp(scheduler) != 0) return;
+    if (thread.started) _longjmp(thread.place, 1);
+    thread.started = true;
+    setcontext(&thread.start);
   }
 
   void* shared_memory(int line, size_t bytes) {
@@ -92,38 +115,39 @@ struct Block {
 
 inline Block block;
 
+// Runs the same thread of one block after the other.
 inline void run_thread() {
-  block.kernel();
-  block.wait(-1);
+  for (;;) {
+    block.kernel();
+    block.wait(-1);
+  }
 }
 
 inline void Block::run() {
   const unsigned n = blockDim.x * blockDim.y * blockDim.z;
-  while (threads.size() < n) threads.push_back({{}, std::unique_ptr<char[]>(new char[kStack]), 0});
+  while (threads.size() < n) {
+    threads.emplace_back(new Thread{std::unique_ptr<char[]>(new char[kStack])});
+    Thread& t = *threads.back();
+    getcontext(&t.start);
+    t.start.uc_stack.ss_sp = t.stack.get();
+    t.start.uc_stack.ss_size = kStack;
+    makecontext(&t.start, run_thread, 0);
+  }
   shared.clear();
   shared_bytes = 0;
-  for (unsigned i = 0; i < n; ++i) {
-    Thread& t = threads[i];
-    getcontext(&t.context);
-    t.context.uc_stack.ss_sp = t.stack.get();
-    t.context.uc_stack.ss_size = kStack;
-    t.context.uc_link = nullptr;
-    t.barrier = 0;
-    makecontext(&t.context, run_thread, 0);
-  }
   do {
     for (const unsigned i : shuffled(n)) {
-      current = &threads[i];
       threadIdx = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
-      swapcontext(&scheduler, &current->context);
+      resume(*threads[i]);
     }
     for (unsigned i = 1; i < n; ++i) {
-      if (threads[i].barrier == threads[0].barrier) continue;
-      const bool ended = threads[i].barrier == -1 || threads[0].barrier == -1;
+      if (threads[i]->barrier == threads[0]->barrier) continue;
+      const bool ended = threads[i]->barrier == -1 || threads[0]->barrier == -1;
       last_error = ended ? "some threads of a block returned before a barrier at which others wait"
                          : "the threads of a block wait at different barriers";
     }
-  } while (last_error == cudaSuccess && threads[0].barrier != -1);
+  } while (last_error == cudaSuccess && threads[0]->barrier != -1);
+  if (last_error != cudaSuccess) threads.clear();  // some are in the middle of the kernel
 }
 
 inline void launch(dim3 grid, dim3 threads, size_t shared, cudaStream_t, std::function<void()> kernel) {

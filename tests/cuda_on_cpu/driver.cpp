@@ -29,12 +29,14 @@ const char* run(void (*kernel)()) {
 extern "C" {
 
 int64_t scan_size() { return sizeof(wkv::Scan); }
-int64_t flag_count(const wkv::Scan* s) { return wkv::cuda_flag_count(*s); }
+int64_t flag_count(const wkv::Scan* scans, int count) { return wkv::cuda_flag_count(scans, count); }
 
-const char* forward(const wkv::Scan* s, unsigned char* unsafe) { return wkv::cuda_forward(*s, unsafe, nullptr); }
+const char* forward(const wkv::Scan* scans, int count, unsigned char* unsafe) {
+  return wkv::cuda_forward(scans, count, unsafe, nullptr);
+}
 
-const char* backward(const wkv::Scan* s, unsigned char* unsafe, double* gw, double* gu) {
-  return wkv::cuda_backward(*s, unsafe, gw, gu, nullptr);
+const char* backward(const wkv::Scan* scans, int count, unsigned char* unsafe, double* gw, double* gu) {
+  return wkv::cuda_backward(scans, count, unsafe, gw, gu, nullptr);
 }
 
 const char* skip_a_barrier() { return run(skips_a_barrier); }
