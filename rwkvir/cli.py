@@ -16,6 +16,7 @@ COMMANDS = {
     "info": Command("rwkvir.cli:info", "show versions, devices, plugins and what they registered"),
     "benchmark": Command("rwkvir.benchmark:main", "measure models on test sets, beside published figures"),
     "report": Command("rwkvir.report:main", "compare training runs on one HTML page"),
+    "ablate": Command("rwkvir.ablate:main", "train variants of a network and report what each option is worth"),
     "demo": Command("rwkvir.demo:main", "train a small network in minutes and show what it has learnt"),
 }
 
