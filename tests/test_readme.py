@@ -1,5 +1,6 @@
 """What the README tells people to do works."""
 
+import functools
 import inspect
 import re
 import subprocess
@@ -17,10 +18,11 @@ from rwkvir_data import cli as resyn
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+TEXT = README + (ROOT / "docs/training.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
 OPTIONS = [yaml.safe_load(block) for block in blocks("yaml")]
@@ -56,11 +58,11 @@ def test_commands_are_real(command):
         assert "--no-build-isolation" in words or words[2].startswith("torch==")
     elif words[0] == "torchrun":
         check_run(words[words.index("rwkvir") + 1 :])
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file()
     elif words[0] == "resyn":
         assert words[1] in resyn.COMMANDS
-        usage = [sys.executable, "-m", "rwkvir_data", words[1], "--help"]
-        shown = subprocess.run(usage, capture_output=True, text=True).stdout
-        assert all(re.search(rf"{word}\b", shown) for word in words if word.startswith("-"))
+        check_flags("rwkvir_data", words[1:])
     else:
         assert words[0] == "basicsr"
         check_run(words[1:])
@@ -70,6 +72,20 @@ def check_run(words: list[str]) -> None:
     assert words[0] in cli.COMMANDS
     if words[0] in ("train", "test"):
         assert (ROOT / pipeline._parser(words[0]).parse_args(words[1:]).opt).is_file()
+    else:
+        check_flags("rwkvir", words)
+
+
+def check_flags(package: str, words: list[str]) -> None:
+    shown = usage(package, words[0])
+    assert all(re.search(rf"{word}\b", shown) for word in words if word.startswith("-"))
+
+
+@functools.cache
+def usage(package: str, command: str) -> str:
+    run = subprocess.run([sys.executable, "-m", package, command, "--help"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
 
 
 def test_torch_is_the_pair_of_the_makefile():
@@ -78,11 +94,11 @@ def test_torch_is_the_pair_of_the_makefile():
 
 
 def test_files_and_make_targets_in_the_text_exist():
-    for name in re.findall(r"`((?:options|rwkvir|rwkvir_data|benchmarks|csrc|docs)/[\w./]*)`", README):
+    for name in re.findall(r"`((?:options|rwkvir|rwkvir_data|benchmarks|csrc|docs)/[\w./]*)`", TEXT):
         assert (ROOT / name).exists(), name
     for name in re.findall(r"`(rwkvir_(?:light_)?x\d\.yml)`", README):
         assert (ROOT / "options" / name).is_file(), name
-    for target in re.findall(r"`make ([\w-]+)`", README):
+    for target in re.findall(r"`make ([\w-]+)`", TEXT):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
 
 
