@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -56,3 +57,11 @@ def test_kernels_compile_without_spills(architecture, tmp_path):
     for kernel, stack, spills, registers in reports:
         assert (stack, spills) == ("0", "0"), f"{kernel}: {stack} bytes of stack, {spills} bytes of spills"
         assert int(registers) <= REGISTERS[kernel_name(kernel)], f"{kernel}: {registers} registers"
+
+
+def test_the_bindings_compile_with_cuda_beside_any_torch():
+    (abi,) = re.findall(r'"(-DTORCH_TARGET_VERSION=\w+)"', (ROOT / "setup.py").read_text())
+    include = [f"-I{folder}" for folder in cpp_extension.include_paths()]
+    command = ["c++", "-fsyntax-only", "-std=c++17", "-DWITH_CUDA", "-DUSE_CUDA", abi, *include, "bindings.cpp"]
+    run = subprocess.run(command, cwd=CSRC, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
