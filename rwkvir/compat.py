@@ -39,6 +39,7 @@ def patch_training() -> None:
     prefetcher_thread()
     corrupt_images()
     whole_checkpoints()
+    safetensors_weights()
     checkpoint_mismatch()
     exact_training_length()
     iteration_seeds()
@@ -387,6 +388,26 @@ def whole_checkpoints() -> None:
 
     BaseModel.save_network = _atomic_torch_save()(BaseModel.save_network)
     BaseModel.save_training_state = _atomic_torch_save()(BaseModel.save_training_state)
+
+
+def safetensors_weights() -> None:
+    """Symptom: path:pretrain_network_g takes no .safetensors file. Such a file holds one set of parameters, and
+    path:param_key_g means nothing for it. Delete when BasicSR's load_network reads them.
+    """
+    from basicsr.models.base_model import BaseModel
+
+    stock = BaseModel.load_network
+
+    def load_network(self: Any, net: Any, load_path: str, strict: bool = True, param_key: Any = "params") -> None:
+        if not load_path.endswith(".safetensors"):
+            return stock(self, net, load_path, strict, param_key)
+        from safetensors.torch import load_file
+
+        loaded = load_file(load_path)
+        self._print_different_keys_loading(net, loaded, strict)
+        self.get_bare_model(net).load_state_dict(loaded, strict=strict)
+
+    BaseModel.load_network = load_network
 
 
 def checkpoint_mismatch() -> None:

@@ -38,6 +38,7 @@ def test(argv: list[str], root_path: str | None = None) -> int:
 
 
 def _run(command: str, argv: list[str], root_path: str) -> int:
+    begun = time.monotonic()
     args = _parser(command).parse_args(argv)
     _check_launcher(args.launcher)
     checks.load_options(args.opt)  # before the imports, which take seconds
@@ -52,13 +53,13 @@ def _run(command: str, argv: list[str], root_path: str) -> int:
     from basicsr.test import test_pipeline
     from basicsr.train import train_pipeline
 
-    from rwkvir import learning_curve
+    from rwkvir import learning_curve, time_limit
     from rwkvir_data import samplers
 
     samplers.join_training()
     learning_curve.join_training()
     sys.argv = [f"basicsr {command}", *_stock_flags(args)]
-    with _traceback_logged(), _interruptible():
+    with _traceback_logged(), _interruptible(), time_limit.limited(args.minutes, begun):
         (train_pipeline if command == "train" else test_pipeline)(root_path)
     # Only after success: tearing down a group of which a process has failed can wait for that process for ever.
     if torch.distributed.is_initialized():
@@ -91,7 +92,20 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--force_yml", nargs="+", default=[], metavar="KEY:SUBKEY=VALUE", help="override options: train:total_iter=1000"
     )
+    parser.set_defaults(minutes=None)
+    if command == "train":
+        parser.add_argument("--minutes", type=_minutes, metavar="N", help="save, and end after so many")
     return parser
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is no time to train for; give minutes above 0")
+    return minutes
 
 
 def _stock_flags(args: argparse.Namespace) -> list[str]:

@@ -50,6 +50,7 @@ PUBLISHED = (
     _row("MambaIR-light, corrected", 4, "32.42 - - 26.52", ELSEWHERE),
     _row("MambaIRv2-light", 4, "32.51 - - 26.82", ELSEWHERE),
     _row("ATD-light", 4, "32.62 - - 26.97", ELSEWHERE),
+    _row("BSRN", 4, "32.35 28.73 27.65", ELSEWHERE, 352e3),
     _row("ESC", 4, "32.68 - - 27.07", ELSEWHERE),
     _row("PFT-light", 4, "32.63 - - 27.20", ELSEWHERE),
     _row("RWKV-IR classic, 100 K, DF2K", 2, "38.38 34.42 32.46 33.59 39.80 35.44"),

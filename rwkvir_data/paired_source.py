@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rwkvir_data.picture_store import open_store
+import numpy as np
+
+from rwkvir_data.degraded_picture import DegradedPicture
+from rwkvir_data.parallel import available_cores
+from rwkvir_data.picture_store import Decoded, Folder, Lmdb, open_store
+from rwkvir_data.tiles import Tiles
 
 
 class PairedSource:
@@ -21,8 +27,9 @@ class PairedSource:
 
     def __init__(self, options: dict, backend: str):
         self.kind = options.get("kind", "real")
-        self.gt_store = open_store(os.path.expanduser(options["dataroot_gt"]), backend)
-        self.lq_store = None
+        self.gt_store: Folder | Lmdb | Tiles | Decoded = open_store(os.path.expanduser(options["dataroot_gt"]), backend)
+        self.lq_store: Folder | Lmdb | Tiles | Decoded | None = None
+        self.reduced: dict[str, np.ndarray] = {}  # LQ that was made once and for all
         self.keys = self.gt_store.keys()
         if options.get("meta_info_file"):
             self.keys = _select(self.keys, options)
@@ -30,6 +37,16 @@ class PairedSource:
         if options.get("dataroot_lq"):
             self.lq_store = open_store(os.path.expanduser(options["dataroot_lq"]), backend)
             _check_present([self.lq_key(key) for key in self.keys], self.lq_store.keys(), options)
+
+    def decode(self, gray: bool, reduction: str = "") -> None:
+        """Hold all pictures in memory from now on, and also LQ that is GT after the degradation `reduction`."""
+        with ThreadPoolExecutor(available_cores()) as pool:
+            self.gt_store = gt = Decoded(self.gt_store, self.keys, gray, pool)
+            if self.lq_store:
+                self.lq_store = Decoded(self.lq_store, [self.lq_key(key) for key in self.keys], gray, pool)
+            if reduction:
+                whole = pool.map(lambda key: DegradedPicture(gt.picture(key), reduction, key, 0)[:, :], self.keys)
+                self.reduced = dict(zip(self.keys, map(np.ascontiguousarray, whole), strict=True))
 
     def lq_key(self, key: str) -> str:
         return self._template.format(key)

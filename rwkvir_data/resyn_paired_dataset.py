@@ -21,7 +21,7 @@ PLACE_OPTIONS = "dataroot_gt dataroot_lq filename_tmpl meta_info_file".split()
 SOURCE_OPTIONS = [*PLACE_OPTIONS, "share", "kind"]
 OWN_OPTIONS = [
     *PLACE_OPTIONS,
-    *"name type phase scale sources io_backend degradation gt_size use_hflip use_rot color".split(),
+    *"name type phase scale sources io_backend degradation gt_size use_hflip use_rot color cache".split(),
 ]
 # Read by BasicSR's data loader and training loop, not here.
 LOADER_OPTIONS = (
@@ -56,6 +56,8 @@ class ReSynPairedDataset(torch.utils.data.Dataset):
         gt_size: side of the GT crop, a multiple of scale.
         use_hflip, use_rot: augment by flips, and by vertical flips and transpositions. Default true.
         color: rgb | y (ITU-R BT.601 luma, 16..235 of 255) | gray (the decoder's luma, 0..255). Default rgb.
+        cache: true: decode every picture once, at the start, and hold it in memory, which forked workers share: a byte
+            for each pixel and colour of GT and LQ, also of LQ that is GT reduced. Items are the same. Default false.
 
     An item is a dict: gt (C, H, W) and lq (C, H/scale, W/scale), float32, [0, 1], RGB or one channel; gt_path and
     lq_path, str, a file's path or a key (for LQ that is made, GT's); kind. With a sampler of rwkvir_data.samplers, an
@@ -73,14 +75,17 @@ class ReSynPairedDataset(torch.utils.data.Dataset):
         options = opt.get("sources") or [opt]
         sources = [PairedSource(source, opt["io_backend"]["type"]) for source in options]
         _check_distinct(sources)
+        names = opt.get("degradation") or []
+        self._degradations = [names] if isinstance(names, str) else names
+        if opt.get("cache"):
+            for source in sources:
+                source.decode(opt.get("color") == "gray", self._degradations[0] if opt["scale"] > 1 and names else "")
         repeats = [1] * len(sources)
         if "share" in options[0]:
             repeats = whole_repeats([len(source.keys) for source in sources], [source["share"] for source in options])
         listed = [source for source, times in zip(sources, repeats, strict=True) for _ in range(times)]
         self.keys = [key for source in listed for key in source.keys]
         self._sources = [source for source in listed for _ in source.keys]
-        names = opt.get("degradation") or []
-        self._degradations = [names] if isinstance(names, str) else names
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -97,7 +102,8 @@ class ReSynPairedDataset(torch.utils.data.Dataset):
             _check_sizes(gt.shape, lq.shape, scale, 0 if train else scale - 1, gt_path)
         else:
             seed = rng.getrandbits(32) if train else 0
-            lq = DegradedPicture(gt, rng.choice(self._degradations) if train else self._degradations[0], key, seed)
+            made = DegradedPicture(gt, rng.choice(self._degradations) if train else self._degradations[0], key, seed)
+            lq = source.reduced.get(key, made)
         height, width = lq.shape[:2]
         top, left, flips = 0, 0, [False] * 3
         if train:
