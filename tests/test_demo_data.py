@@ -132,7 +132,7 @@ def test_table():
 
 
 def test_the_window_lies_where_the_network_gains():
-    window = demo.best_window(photo(), share=0.2)
+    window = demo.best_window(photo())
     assert (window.height, window.width) == (4, 6)
     assert window.cut(photo().restored, 4).any()
     assert window.cut(photo().gt, 4).shape == (16, 24, 3)
