@@ -431,7 +431,7 @@ def checkpoint_mismatch() -> None:
         if counts:
             raise ValueError(
                 f"its keys do not fit the network: {', '.join(counts)} of {len(wanted)}; give the network the options "
-                "that it was trained with, or load only what fits with path:strict_load_g: false"
+                "that it was trained with or, to train from what fits, set path:strict_load_g: false"
             )
 
     def load_network(

@@ -144,11 +144,15 @@ Restore = Callable[[np.ndarray], np.ndarray]
 
 
 def find_set(name: str, roots: Iterable[str]) -> Path | None:
-    """The folder of the test set `name` below `roots`, or a root that is this folder; None if there is none."""
+    """The folder of the test set `name` below `roots`, or a root that is this folder; None if there is none.
+
+    What `resyn build` made without a share for testing is no test set.
+    """
     wanted = {_plain(name), *ALIASES.get(name, ())}
     for root in map(Path, roots):
         for called, folder in ((root.resolve().name, root), *((path.name, path) for path in sorted(root.iterdir()))):
-            if folder.is_dir() and _plain(called) in wanted:
+            only_training = (folder / "train_GT.lmdb").exists() and not (folder / "test_GT.lmdb").exists()
+            if folder.is_dir() and _plain(called) in wanted and not only_training:
                 return folder
     return None
 

@@ -531,14 +531,13 @@ def overview() -> str:
             f"{task.batch} c",
             f"{task.loss} {mark[task.loss_from]}",
         )
+        tested_on = ", ".join([*task.test_sets, *(["ReSyn"] if task.enlarges else [])])
         for budget_name, budget in task.budgets.items():
             iterations = f"{budget.total_iter} {mark[budget.iterations_from]}"
             milestones = (
                 ",".join(f"{step / 1000:g}" for step in budget.milestones) + f" K {mark[budget.milestones_from]}"
             )
-            rows.append(
-                (name, level, budget_name, iterations, milestones, patch, batch, loss, ", ".join(task.test_sets))
-            )
+            rows.append((name, level, budget_name, iterations, milestones, patch, batch, loss, tested_on))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     configured = [f"  {arch:<10} {', '.join(networks)}" for arch, networks in NETWORKS.items()]

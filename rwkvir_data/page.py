@@ -44,7 +44,8 @@ def write(out: Path, page: str, figures: dict[str, bytes]) -> None:
     for name, figure in figures.items():
         replace(folder / f"{name}.png", figure)
     replace(out, page.encode())
-    print(f"{out} ({out.stat().st_size / 1e6:.1f} MB) and {folder}: {', '.join(f'{name}.png' for name in figures)}")
+    pictures = f" and {folder}: {', '.join(f'{name}.png' for name in figures)}" if figures else ""
+    print(f"{out} ({out.stat().st_size / 1e6:.1f} MB){pictures}")
 
 
 def replace(path: Path, content: bytes) -> None:

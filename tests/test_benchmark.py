@@ -194,6 +194,13 @@ def test_layouts(tmp_path, pictures):
     assert all(pair.lq is None for pair in find_pairs(tmp_path / "Set5", task, make_lq=True))
 
 
+def test_a_resyn_without_a_test_split_is_no_test_set(tmp_path):
+    (tmp_path / "ReSyn/train_GT.lmdb").mkdir(parents=True)
+    assert find_set("ReSyn-test", [str(tmp_path)]) is None
+    (tmp_path / "ReSyn/test_GT.lmdb").mkdir()
+    assert find_set("ReSyn-test", [str(tmp_path)]) == tmp_path / "ReSyn"
+
+
 def test_sets_that_do_not_fit_together(tmp_path, data, pictures):
     hr, lr = tmp_path / "Set5/HR", tmp_path / "Set5/LR_bicubic/X2"
     hr.mkdir(parents=True)

@@ -16,6 +16,7 @@ from conftest import Workspace, tiny_options
 
 from rwkvir import comparison, panels, report, report_figures
 from rwkvir.experiment import Curve, Experiment, Record, read_curve, read_experiment, read_experiments
+from rwkvir_data import page
 
 LOG = """\
 2026-11-22 10:00:00,000 INFO: {start}
@@ -263,6 +264,11 @@ def test_half_written_experiments_are_told_on_the_page(trained, tmp_path, capsys
         assert re.search(f"<b>{folder.name}</b>: .*{re.escape(html.escape(sentence))}", page)
     assert ("<h2>Learning curves</h2>" in page) == (kinds != ["everything"])
     assert ("<h2>Where they differ most</h2>" in page) == (kinds != ["data"])
+
+
+def test_a_page_without_figures_announces_none(tmp_path, capsys):
+    page.write(tmp_path / "out.html", "a page", {})
+    assert capsys.readouterr().out == f"{tmp_path}/out.html (0.0 MB)\n"
 
 
 def test_what_is_no_experiment(trained, tmp_path):

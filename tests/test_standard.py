@@ -157,6 +157,7 @@ def test_the_list_shows_every_task_budget_and_network(capsys):
     for name in (*standard.TASKS, *standard.BUDGETS, *standard.NETWORKS):
         assert name in text
     assert len([line for line in text.splitlines() if line.startswith(tuple(standard.TASKS))]) == 6
+    assert text.count(", ReSyn\n") == 4
 
 
 def test_grey_pictures_change_the_channels():
