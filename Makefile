@@ -24,6 +24,9 @@ test-slow: $(VENV)/.rwkvir-test
 
 bench: $(VENV)/.rwkvir
 	$(BIN)/python benchmarks/bi_wkv.py
+	$(BIN)/python benchmarks/network.py
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/complexity.py
 
 format: $(VENV)/.rwkvir-test
 	$(BIN)/ruff check --fix .

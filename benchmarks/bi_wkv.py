@@ -151,6 +151,18 @@ def triad(tensors: list[Tensor]) -> float:
     return synchronised(a.device) - start
 
 
+def in_turns(contenders: dict[str, Callable[[], float]], repeats: int) -> dict[str, tuple[float, float]]:
+    """Median seconds and relative spread of each contender, timed in turns after one warm-up each."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for run in contenders.values():
+        run()
+    for _ in range(repeats):
+        for name, run in contenders.items():
+            times[name].append(run())
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {name: (medians[name], (max(values) - min(values)) / medians[name]) for name, values in times.items()}
+
+
 class Rounds:
     """Times contenders in turns, the triad among them."""
 
@@ -159,16 +171,7 @@ class Rounds:
         self.repeats = repeats
 
     def time(self, contenders: dict[str, Callable[[], float]]) -> dict[str, tuple[float, float]]:
-        """Median seconds and relative spread of each contender, after one warm-up each."""
-        contenders = {**contenders, "triad": self.triad}
-        times: dict[str, list[float]] = {name: [] for name in contenders}
-        for run in contenders.values():
-            run()
-        for _ in range(self.repeats):
-            for name, run in contenders.items():
-                times[name].append(run())
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        return {name: (medians[name], (max(values) - min(values)) / medians[name]) for name, values in times.items()}
+        return in_turns({**contenders, "triad": self.triad}, self.repeats)
 
 
 def ours_cells(result: dict[str, tuple[float, float]], elements: int, moved: int) -> str:

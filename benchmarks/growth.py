@@ -67,7 +67,7 @@ def exponent(points: dict[int, float]) -> float:
     return float(np.polyfit(np.log([*fitted]), np.log([*fitted.values()]), 1)[0])
 
 
-def draw(points: dict[str, tuple[dict[int, float], dict[int, float]]]) -> None:
+def draw(points: dict[str, tuple[dict[int, float], dict[int, float]]], path: str) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for index, (panel, label) in enumerate(zip(panels, ("seconds", "peak memory, MiB"), strict=True)):
         for name, series in points.items():
@@ -77,7 +77,7 @@ def draw(points: dict[str, tuple[dict[int, float], dict[int, float]]]) -> None:
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False)
-    figure.savefig(FIGURE, dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=60, help="seconds that one run may be expected to take")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--figure", default=str(FIGURE), help="the plot to write")
     args = parser.parse_args()
     first, last = map(int, args.powers.split("-"))
     powers = range(first, last + 1)
@@ -107,7 +108,7 @@ def main() -> None:
         points[name] = {T: row[0] for T, row in measured.items()}, {T: row[1] for T, row in measured.items()}
     exponents = (" | ".join(f"T^{exponent(series):.2f}" for series in points[name]) for name in CONTENDERS)
     print(f"| grows as | {' | '.join(exponents)} |")
-    draw(points)
+    draw(points, args.figure)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import os
 import sqlite3
@@ -232,6 +233,8 @@ def find_sets(task: Task, roots: Sequence[str], names: Sequence[str], make_lq: b
         ValueError: a set's files do not fit together.
     """
     below = f"below {', '.join(roots)}"
+    known = {name.lower(): name for name in itertools.chain(*SETS.values())}
+    names = [known.get(name.lower(), name) for name in names]
     folders = {name: evaluation.find_set(name, roots) for name in names or SETS[task.kind]}
     missing = [name for name, folder in folders.items() if folder is None]
     if missing and (names or len(missing) == len(folders)):

@@ -267,7 +267,8 @@ def check_data(options: dict[str, Any], is_train: bool, resuming: bool) -> Itera
             if value is not None and (name.startswith(("dataroot", "meta_info")) or key.endswith("sampler:table")):
                 problem = data_problem(os.path.expanduser(str(value)), lmdb and name.startswith("dataroot"))
                 if problem:
-                    yield Finding(key, f"is {value}, {problem}")
+                    spare = "" if is_train or len(options["datasets"]) == 1 else f", or remove datasets:{phase}"
+                    yield Finding(key, f"is {value}, {problem}{spare}")
         size = dataset.get("gt_size")
         if isinstance(size, int) and isinstance(scale, int) and size % scale:
             message = f"is {size}, which scale {scale} does not divide; make it {max(size // scale, 1) * scale}, say"

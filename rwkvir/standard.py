@@ -10,10 +10,12 @@ fixed, `NETWORKS` which configurations are published, and `committed_files` what
 
 import argparse
 import inspect
+import math
 import re
 import shlex
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -263,7 +265,30 @@ def network_options(run: Run) -> dict[str, Any]:
     for finding in checks.check_arguments("--network", arch, set(options) - {"type"}):
         if finding.fatal:
             raise ValueError(str(finding))
+    if not published:
+        _try(run, arch, options)
     return options
+
+
+def _try(run: Run, arch: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Raises ValueError for a network that does not turn a small picture into one of the task's size and channels."""
+    import torch
+
+    side = math.lcm(16, options.get("window_size") or 1)
+    try:
+        network = arch(**{key: value for key, value in options.items() if key != "type"}).eval()
+        with torch.no_grad():
+            shape = tuple(network(torch.zeros(1, run.channels, side, side)).shape)
+    except Exception as error:  # whatever a network raises on pictures that it is not made for
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    else:
+        if shape == (1, run.channels, side * run.scale, side * run.scale):
+            return
+        problem = f"it makes {shape} of {(1, run.channels, side, side)}"
+    raise ValueError(
+        f"{run.arch}, so configured, cannot do {run.task.title} ({problem}); give other options with --network "
+        "KEY=VALUE, or another --task"
+    )
 
 
 def _changed(change: str) -> tuple[str, Any]:

@@ -140,6 +140,7 @@ def test_the_long_budget_of_super_resolution(task):
             "--network:num_faet is not an option of RWKVIR; did you mean num_f",
         ),
         ("--task light --scale 2 --network num_feat", "--network num_feat is not of the form key=value"),
+        ("--task jpeg --quality 10 --arch EDSR", "EDSR, so configured, cannot do grey JPEG artefact reduction"),
         ("--task jpeg --quality 10 --arch RIDNet", "--network:mid_channels is missing, and RIDNet has no default"),
         ("--task light --scale 2 --arch SpyNet", "SpyNet takes no upscale or scale"),
     ],
@@ -162,8 +163,8 @@ def test_the_list_shows_every_task_budget_and_network(capsys):
 
 def test_grey_pictures_change_the_channels():
     assert standard.network_options(standard.Run("SwinIR", "jpeg", 10))["in_chans"] == 1
-    options = standard.network_options(standard.Run("RIDNet", "jpeg", 10, changes=("mid_channels=8",)))
-    assert options == {"type": "RIDNet", "in_channels": 1, "out_channels": 1, "mid_channels": 8}
+    options = standard.network_options(standard.Run("RRDBNet", "jpeg", 10, changes=("num_block=1",)))
+    assert options == {"type": "RRDBNet", "num_in_ch": 1, "num_out_ch": 1, "scale": 1, "num_block": 1}
 
 
 def test_options_of_any_network_follow_the_task_and_the_command_line():
