@@ -14,7 +14,8 @@ from pathlib import Path
 from setuptools import setup
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # one binary for every torch from 2.10 on
-CXX_FLAGS = ["-O3", "-std=c++17", "-Wno-psabi", "-fvisibility=hidden", STABLE_ABI]
+# Nobody asks for the flags of floating-point exceptions, and without them more loops become vectors.
+CXX_FLAGS = ["-O3", "-fno-trapping-math", "-std=c++17", "-Wno-psabi", "-fvisibility=hidden", STABLE_ABI]
 # Division to 2 units in the last place instead of half a one: a tenth of the kernels' instructions less.
 CUDA_FLAGS = ["-O3", "-std=c++17", "-prec-div=false", "-Xcompiler=-fvisibility=hidden"]
 

@@ -12,11 +12,12 @@ dtypes    16-bit inputs against float32.
 channels  rows that no vector divides, per element, against the next wider ones that one does.
 exact     inputs beyond float's range, for which a method in double precision is taken, against ordinary ones.
 
-Every round times each contender once, in turn; a table gives the median and the spread (max - min) / median over the
-rounds. `bytes` are those that two passes over memory must move per element (k and v twice, everything else once), and
-the bandwidth beside it is their share of that of a STREAM-like triad over 3 x 64 MiB, timed in the same rounds. The
-loop is timed once, on at most 4096 tokens, and its time is scaled to T, which flatters it: it grows faster than T, and
-its graph of 65536 tokens takes more than 24 GB. --no-loop leaves it out.
+Every round calls each contender twice, in turn, and times the second call, which finds in the cache what the first left
+there; a table gives the median and the spread (max - min) / median over the rounds. `bytes` are those that two passes
+over memory must move per element (k and v twice, everything else once), and the bandwidth beside it is their share of
+that of a STREAM-like triad over 3 x 64 MiB, timed in the same rounds. The loop is timed once, on at most 4096 tokens,
+and its time is scaled to T, which flatters it: it grows faster than T, and its graph of 65536 tokens takes more than
+24 GB. --no-loop leaves it out.
 """
 
 import argparse
@@ -152,12 +153,11 @@ def triad(tensors: list[Tensor]) -> float:
 
 
 def in_turns(contenders: dict[str, Callable[[], float]], repeats: int) -> dict[str, tuple[float, float]]:
-    """Median seconds and relative spread of each contender, timed in turns after one warm-up each."""
+    """Median seconds and relative spread of each contender, in turns; of two calls in a row the second is timed."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for run in contenders.values():
-        run()
     for _ in range(repeats):
         for name, run in contenders.items():
+            run()
             times[name].append(run())
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {name: (medians[name], (max(values) - min(values)) / medians[name]) for name, values in times.items()}

@@ -301,7 +301,8 @@ WKV_FN Scaled carry_over(Scaled before, Scaled sum, double decay_o, double decay
   const double a = decay_f * pow2_whole(decayed - o), b = pow2_whole(sum.o - o);
   const double n = a * before.n + b * sum.n, d = a * before.d + b * sum.d;
   const double size = magnitude(n) > magnitude(d) ? magnitude(n) : magnitude(d);
-  const double e = bits_to_double((double_to_bits(size) >> 52) + double_to_bits(0x1p52)) - (0x1p52 + 1022);
+  const uint64_t exponent = static_cast<uint64_t>(double_to_bits(size)) >> 52;  // not all vectors can shift signed ones
+  const double e = bits_to_double(static_cast<int64_t>(exponent) + double_to_bits(0x1p52)) - (0x1p52 + 1022);
   const double renormed = o + e, f = pow2_whole(o - renormed);  // for a huge o, as much of e as it can hold
   return {renormed, n * f, d * f};
 }

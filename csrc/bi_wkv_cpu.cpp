@@ -5,6 +5,12 @@
 
 #include <cmath>
 #include <cstring>
+#include <memory>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #define WKV_FN inline __attribute__((always_inline))
 #define WKV_NOINLINE __attribute__((noinline))
@@ -27,8 +33,9 @@
 #undef WKV_NAMESPACE
 #undef WKV_WIDTH
 
+// prfchw: where it is missing the processor passes over its one instruction, a prefetch.
 #if defined(__x86_64__)
-WKV_TARGET_BEGIN("avx2,fma")
+WKV_TARGET_BEGIN("avx2,fma,prfchw")
 #define WKV_NAMESPACE wkv::avx2
 #define WKV_WIDTH 8
 #include "bi_wkv_cpu_kernel.h"
@@ -36,7 +43,7 @@ WKV_TARGET_BEGIN("avx2,fma")
 #undef WKV_WIDTH
 WKV_TARGET_END
 
-WKV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,fma")
+WKV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,fma,prfchw")
 #define WKV_NAMESPACE wkv::avx512
 #define WKV_WIDTH 16
 #include "bi_wkv_cpu_kernel.h"
@@ -47,9 +54,9 @@ WKV_TARGET_END
 
 namespace wkv {
 
-#define WKV_KERNEL(isa)                                                            \
-  {#isa,      isa::prepare,          isa::items,         isa::summary, isa::carry, \
-   isa::emit, isa::backward_summary, isa::backward_emit, isa::reduce}
+#define WKV_KERNEL(isa)                                                                           \
+  {#isa,       isa::prepare, isa::reference_items,  isa::refer,         isa::items, isa::summary, \
+   isa::carry, isa::emit,    isa::backward_summary, isa::backward_emit, isa::reduce}
 
 const CpuKernel* cpu_kernel(const char* name) {
   static const CpuKernel plain_kernel = WKV_KERNEL(plain);

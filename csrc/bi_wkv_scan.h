@@ -32,8 +32,9 @@ struct Scan {
   // whose sum it multiplies. Backward: set for all; gy is multiplied by sigmoid(r) as it is read, and
   // ggate = gy sigmoid'(r) y.
   View gate, ggate;
-  float* rates;  // (3, lanes): expm1(-w), e^u, and whether float will do; only the CPU kernels have it
-  // (B, chunks, 6, lanes): o, n, d of the state that enters each chunk from the left, then from the right.
+  float* rates;  // (4, lanes), only of the CPU kernels: see Rates, and whether float will do
+  // (B, chunks, 6, lanes): o, n, d of the state that enters each chunk from the left, then from the right. On the CPU,
+  // n is that of v less its reference.
   double* state;
   double* gstate;   // backward: the same for the states of (gy / den, y gy / den)
   double* partial;  // backward: (B, chunks, 2, lanes), each chunk's share of gw and gu
@@ -54,7 +55,8 @@ WKV_EVERYWHERE inline int64_t padded_channels(const Scan& s) { return channel_gr
 struct CpuJob {
   Scan scan[2];
   int orders;
-  double* tops;  // (B, tiles, lanes): the scale of a tile's largest key; NaN where float will not do
+  double* tops;        // (B, tiles, lanes): the scale of a tile's largest key; NaN where float will not do
+  double* references;  // (B, lanes): what is subtracted from v and added to y
 };
 
 constexpr int kTileRows = 32, kTileColumns = 32;
@@ -94,13 +96,15 @@ inline Line line(const CpuJob& j, int i) {
   return {s.inner, kTileColumns, s.outer};
 }
 
-// `prepare` for each scan first; then the phases in this order: summary, carry, emit; then, for the gradients,
-// backward_summary, carry (backward), backward_emit, reduce for each scan. Items of a phase are independent of each
-// other and may run in any order, on any thread.
+// `prepare` for each scan and `refer` first; then the phases in this order: summary, carry, emit; then, for the
+// gradients, backward_summary, carry (backward), backward_emit, reduce for each scan. Items of a phase are independent
+// of each other and may run in any order, on any thread.
 struct CpuKernel {
   const char* name;
-  void (*prepare)(const Scan&);     // fills rates
-  int64_t (*items)(const CpuJob&);  // of all phases but carry and reduce
+  void (*prepare)(const Scan&);  // fills rates
+  int64_t (*reference_items)(const CpuJob&);
+  void (*refer)(const CpuJob&, int64_t begin, int64_t end);  // fills references
+  int64_t (*items)(const CpuJob&);                           // of all phases but carry and reduce
   void (*summary)(const CpuJob&, int64_t begin, int64_t end);
   void (*carry)(const CpuJob&, bool backward, int64_t begin, int64_t end);  // items: 2 * orders * B * groups of kLanes
   void (*emit)(const CpuJob&, int64_t begin, int64_t end);

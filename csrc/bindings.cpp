@@ -20,6 +20,10 @@
 
 #include "bi_wkv_scan.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #ifdef WITH_CUDA
 #include <torch/csrc/stable/accelerator.h>
 
@@ -74,9 +78,9 @@ struct Problem {
   }
 
   void check_like_k(const Tensor& x) const {
-    STD_TORCH_CHECK(x.dim() == 4, "wkv takes v and gate of k's shape");
-    for (int i = 0; i < 4; ++i) STD_TORCH_CHECK(x.sizes()[i] == k.sizes()[i], "wkv takes v and gate of k's shape");
-    STD_TORCH_CHECK(x.scalar_type() == k.scalar_type(), "wkv takes v and gate of k's dtype");
+    STD_TORCH_CHECK(x.dim() == 4, "wkv takes v, gate and gy of k's shape");
+    for (int i = 0; i < 4; ++i) STD_TORCH_CHECK(x.sizes()[i] == k.sizes()[i], "wkv takes v, gate and gy of k's shape");
+    STD_TORCH_CHECK(x.scalar_type() == k.scalar_type(), "wkv takes v, gate and gy of k's dtype");
   }
 
   bool empty() const { return B * H * W * C == 0; }
@@ -113,6 +117,19 @@ double* scan_rows(const Tensor& t, int64_t index) {
   return static_cast<double*>(t.data_ptr()) + index * t.strides()[0];
 }
 
+// An output of t's shape. Memory of this size comes fresh from the system, which hands it out in pages of 4 KiB as they
+// are written; that takes longer than to compute what is written there. So it is asked for large pages.
+Tensor new_output(const Tensor& t) {
+  Tensor result = torch::stable::empty_like(t);
+#ifdef __linux__
+  constexpr uintptr_t kPage = 2 << 20, kFresh = 32 << 20;
+  const uintptr_t size = static_cast<uintptr_t>(result.numel()) * result.element_size();
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(result.data_ptr()), first = (begin + kPage - 1) / kPage * kPage;
+  if (size >= kFresh) madvise(reinterpret_cast<void*>(first), (begin + size) / kPage * kPage - first, MADV_HUGEPAGE);
+#endif
+  return result;
+}
+
 const wkv::CpuKernel& kernel() {
   static const wkv::CpuKernel* const chosen = [] {
     const char* name = std::getenv("RWKVIR_CPU");
@@ -132,7 +149,7 @@ struct CpuRun {
   const Problem& p;
   wkv::CpuJob job = {};
   int64_t lanes, tiles;
-  Tensor rates;
+  Tensor rates, references;
 
   explicit CpuRun(const Problem& p_) : p(p_) {
     job.orders = static_cast<int>(p.scans);
@@ -144,6 +161,11 @@ struct CpuRun {
       job.scan[i].rates = static_cast<float*>(rates.data_ptr()) + i * 4 * lanes;
       cpu.prepare(job.scan[i]);
     }
+    references = rows(p.B, ScalarType::Double);
+    job.references = static_cast<double*>(references.data_ptr());
+    if (p.empty()) return;
+    torch::stable::parallel_for(0, cpu.reference_items(job), 64,
+                                [&](int64_t begin, int64_t end) { cpu.refer(job, begin, end); });
   }
 
   // A sum of two scans over an image of few rows is that of the transposed image: the kernels know of few columns.
@@ -192,7 +214,7 @@ struct CpuRun {
 std::tuple<Tensor, Tensor> wkv_cpu(Tensor w, Tensor u, Tensor k, Tensor v, std::optional<Tensor> gate) {
   const Problem p(w, u, k, v, gate);
   CpuRun run(p);
-  Tensor y = torch::stable::empty_like(k), state = run.new_state();
+  Tensor y = new_output(k), state = run.new_state();
   if (p.empty()) return {y, state};
   run.job.scan[0].y = run.view(y);
   if (gate) run.job.scan[0].gate = run.view(*gate);
@@ -208,11 +230,12 @@ using GradientResults = std::tuple<Tensor, Tensor, Tensor, Tensor, std::optional
 GradientResults wkv_backward_cpu(Tensor gy, Tensor w, Tensor u, Tensor k, Tensor v, std::optional<Tensor> gate,
                                  Tensor state) {
   const Problem p(w, u, k, v, gate);
+  p.check_like_k(gy);
   CpuRun run(p);
   Tensor gw = torch::stable::new_zeros(p.w, p.w.sizes()), gu = torch::stable::new_zeros(p.u, p.u.sizes());
-  Tensor gk = torch::stable::empty_like(k), gv = torch::stable::empty_like(v);
+  Tensor gk = new_output(k), gv = new_output(v);
   std::optional<Tensor> ggate;
-  if (gate) ggate = torch::stable::empty_like(*gate);
+  if (gate) ggate = new_output(*gate);
   if (!p.empty()) {
     const Tensor gstate = run.new_state(), partial = run.rows(2 * p.scans * run.tiles, ScalarType::Double);
     wkv::Scan& s = run.job.scan[0];
@@ -332,6 +355,7 @@ GradientResults wkv_backward_cuda(Tensor gy, Tensor w, Tensor u, Tensor k, Tenso
                                   Tensor state) {
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
   const Problem p(w, u, k, v, gate);
+  p.check_like_k(gy);
   const Gradients gradients(p, gy, state);
   if (!p.empty()) {
     CudaScans scans;

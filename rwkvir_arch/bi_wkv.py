@@ -60,7 +60,8 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
         y, with the shape, strides and dtype of k.
 
     float32, float64, bfloat16 and float16; 16-bit inputs are accumulated in float32. Under autocast everything is
-    computed in float32. Differentiable once.
+    computed in float32. Differentiable once. A constant v comes out as it went in; torch.vmap goes through its axis
+    one by one.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, with what was given and what is wanted.

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -171,13 +172,77 @@ def test_nan_of_the_cross_scan_stays_in_its_channel_and_batch():
     assert torch.allclose(y[~spoilt], clean[~spoilt], rtol=0, atol=4e-6)
 
 
-@pytest.mark.parametrize("value, tolerance", [(0.5, 0), (-4.0, 0), (0.7, 2e-6)])
-def test_constant_values_come_through(value, tolerance):
-    """Exactly where it is a power of two; elsewhere e^k v and its sums are rounded (measured: 1.7e-6)."""
-    w, u, k, _ = example(1, 33, 20, 3, key=10.0)
-    v = torch.full_like(k, value)
-    assert torch.allclose(cross_bi_wkv(w, u, k, v), 2 * v, rtol=tolerance, atol=0)
-    assert torch.allclose(bi_wkv(w[0], u[0], k, v), v, rtol=tolerance, atol=0)
+@pytest.mark.parametrize("dtype", FORWARD)
+@pytest.mark.parametrize("value", [0.5, -4.0, 0.7, 1e-3, 3e4])
+def test_constant_values_come_through(value, dtype, device):
+    """Exactly, also beyond what float will do for; on CUDA e^k v and its sums are rounded."""
+    for key in (10.0, 1e4):
+        w, u, k, _ = example(1, 33, 20, 3, key=key, dtype=dtype)
+        v = torch.full_like(k, value)
+        exact = torch.equal if device == "cpu" else partial(torch.allclose, rtol=2e-6, atol=0)
+        assert exact(cross_bi_wkv(w, u, k, v), 2 * v)
+        assert exact(bi_wkv(w[0], u[0], k, v), v)
+
+
+@pytest.mark.parametrize("offset", [10.0, 1e4])
+def test_what_all_values_have_in_common_costs_no_digits(offset, device):
+    if device == "cuda":
+        pytest.skip("only the CPU kernels subtract it")
+    w, u, k, v = example(2, 33, 20, 3)
+    v = v + offset
+    inputs, gate, gy = [w, u, k, v], torch.randn_like(k), torch.randn_like(k)
+    ours = gradients(cross_bi_wkv, [*inputs, gate], gy)
+    theirs = gradients(cross_bi_wkv_reference, [x.double() for x in (*inputs, gate)], gy.double())
+    for i, (got, want) in enumerate(zip(ours, theirs, strict=True)):
+        assert (got.double() - want).abs().max() <= (2e-6 if i == 0 else 2e-5) * want.abs().max(), i
+
+
+def test_what_only_some_values_have_in_common_costs_the_others_no_digits():
+    T = 4096
+    v = torch.where(torch.arange(T) < 2600, 1e4 + torch.randn(T), 1e-3 * torch.randn(T)).view(1, T, 1)
+    w, u, k = torch.tensor([0.1]), torch.zeros(1), torch.randn(1, T, 1)
+    y, expected = (bi_wkv(w, u, k.to(x.dtype), x)[0, 3000:, 0].double() for x in (v, v.double()))
+    assert (y - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+def test_a_sum_beyond_float_is_still_gated():
+    w, u, k, _ = example(1, 9, 17, 3)
+    v, gate = torch.full_like(k, 2e38), torch.full_like(k, -3.0)
+    assert torch.allclose(cross_bi_wkv(w, u, k, v, gate), torch.tensor(4e38 / (1 + math.e**3)), rtol=1e-6)
+
+
+def test_values_behind_masks_are_not_what_others_have_in_common():
+    w, u, k, v = example(2, 33, 20, 3)
+    k[:, 1:] = -torch.inf
+    v[:, 1:] = 1e30
+    assert torch.allclose(
+        cross_bi_wkv(w, u, k, v)[:, 0].double(), cross_bi_wkv_reference(w, u, k, v)[:, 0], rtol=0, atol=4e-6
+    )
+
+
+# Results that are written around the cache (whole lines, more than csrc's kLarge bytes) or asked for early.
+LARGE = [(1, 66, 64, 48), (1, 67, 65, 60), (1, 4099, 48), (1, 2500, 60), (1, 9000, 16)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", LARGE)
+def test_large_results(shape, dtype):
+    assert_matches_doubles(shape, dtype)
+
+
+def assert_matches_doubles(shape, dtype):
+    """Against float64, in memory as it comes and with channels first."""
+    cross = len(shape) == 4
+    inputs, gy = example(*shape, dtype=dtype), torch.randn(shape).to(dtype)
+    inputs += [torch.randn(shape).to(dtype)] * cross
+    function = cross_bi_wkv if cross else bi_wkv
+    want = gradients(function, [x.double() for x in inputs], gy.double())
+    strided = [x.movedim(-1, 1).contiguous().movedim(1, -1) if x.dim() == len(shape) else x for x in inputs]
+    for given_inputs in (inputs, strided):
+        for i, (got, expected) in enumerate(zip(gradients(function, given_inputs, gy), want, strict=True)):
+            tolerance = (BACKWARD if i else FORWARD)[torch.float32 if got.dtype == torch.float32 else dtype]
+            error = (got.double() - expected).abs().max()
+            assert error <= tolerance * expected.abs().max(), f"{shape}, result {i}: off by {error}"
 
 
 @pytest.mark.parametrize("dtype", FORWARD)
@@ -236,6 +301,18 @@ def test_values_and_gradients_of_any_size(scale):
     w, u, k, v = example(1, 150, 20)
     assert_matches_reference([w, u, k, v * scale])
     assert_matches_reference([w, u, k, v], gy=torch.randn(1, 150, 20) * scale)
+
+
+@pytest.mark.parametrize("scale", [1e-34, 1e8, 1e28, 1e30])
+def test_gradients_of_any_size_with_decays_at_the_limit(scale):
+    _, u, k, v = example(2, 64, 20)
+    gy = torch.randn(2, 64, 20)
+    for decay, bonus in ((-0.3, 0.0), (0.085, 15.2)):
+        inputs = [torch.full((20,), decay), u + bonus, k, v]
+        ours = gradients(bi_wkv, inputs, gy * scale)
+        theirs = gradients(bi_wkv, [x.double() for x in inputs], (gy * scale).double())
+        for got, want in zip(ours, theirs, strict=True):
+            assert (got.double() - want).abs().max() <= 2e-5 * want.abs().max()
 
 
 def limits_of_float():
@@ -404,6 +481,20 @@ def test_autocast_computes_in_float32(device):
     assert torch.equal(y, bi_wkv(w, u, k.float(), v.float()))
 
 
+def test_vmap_is_a_loop():
+    w, u, k, v = example(3, 9, 17, 4)
+    several, gate, gy = torch.stack((w, 2 * w, -w)), torch.randn_like(k), torch.randn(3, 1, 9, 17, 4)
+
+    def mapped(w, k):
+        return torch.vmap(lambda w, k: cross_bi_wkv(w, u, k[None], v[:1], gate[:1]))(w, k)
+
+    def looped(w, k):
+        return torch.stack([cross_bi_wkv(w[i], u, k[i : i + 1], v[:1], gate[:1]) for i in range(3)])
+
+    for got, want in zip(gradients(mapped, [several, k], gy), gradients(looped, [several, k], gy), strict=True):
+        assert torch.allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
 def test_double_backward_raises():
     inputs = [x.requires_grad_() for x in example(1, 10, 3)]
     (gv,) = torch.autograd.grad(bi_wkv(*inputs).square().sum(), inputs[3], create_graph=True)
@@ -432,12 +523,15 @@ def test_every_instruction_set(isa):
         "import test_bi_wkv as t\n"
         "from rwkvir_arch.bi_wkv import build_info\n"
         "print(build_info()['cpu'])\n"
+        "t.torch.manual_seed(0)\n"
         "for shape in (*t.IMAGES, (2, 9, 17, 20)):\n"
         "    for dtype in t.FORWARD:\n"
         "        inputs = t.example(*shape, dtype=dtype)\n"
         "        t.assert_matches_reference([*inputs, inputs[2].flip(1)])\n"
         "for axis in (1, 2): t.assert_matches_reference(t.stripes((1, 34, 35, 2), axis, -35.0))\n"
         "t.assert_matches_reference(t.example(1, 200, 48))\n"
+        "for shape in t.LARGE:\n"
+        "    for dtype in (t.torch.float32, t.torch.float16): t.assert_matches_doubles(shape, dtype)\n"
     )
     run = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "RWKVIR_CPU": isa}, capture_output=True, text=True
