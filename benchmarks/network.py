@@ -5,7 +5,8 @@
 Forward pass and training step (forward, L1 loss, backward, Adam) on four patches of 64x64, in one process, in turns;
 one forward pass on a whole picture of each size (width x height, before enlarging), each in a process of its own, in
 turns. `fused` is RWKVIR after fuse(). The table gives medians and the spread (max - min) / median over the rounds;
-memory is the peak less what the process held with network and picture loaded. Linux only.
+memory is the peak less what the process held with network and picture loaded. Freed memory is kept for all of them, as
+`basicsr` does (rwkvir/memory.py). Linux only.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from bi_wkv import in_turns
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rwkvir.memory import keep_freed
 from rwkvir_arch import RWKVIR
 
 from basicsr.archs.swinir_arch import SwinIR  # isort: skip  # after rwkvir_arch, which repairs it
@@ -107,6 +109,7 @@ def measured(
     build: Callable[..., Callable[[], object]], arguments: tuple, device: str, threads: int, repeats: int
 ) -> tuple[float, float]:
     torch.set_num_threads(threads)
+    keep_freed()
     run = build(*arguments)
     before = memory("VmRSS", device)
     if device == "cuda":
@@ -162,6 +165,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed()
 
     counts = {name: sum(p.numel() for p in network(name).parameters()) / 1e3 for name in ("RWKVIR", "SwinIR")}
     print(

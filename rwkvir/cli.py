@@ -3,7 +3,7 @@
 import argparse
 import importlib
 
-from rwkvir import command_line
+from rwkvir import command_line, memory
 from rwkvir.command_line import Command, version
 
 COMMANDS = {
@@ -23,6 +23,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run `basicsr` with `argv`, by default the process's own arguments, and return its exit code."""
+    memory.keep_freed()
     return command_line.run("basicsr", "BasicSR with its plugins.", COMMANDS, ("rwkvir", "basicsr"), argv)
 
 

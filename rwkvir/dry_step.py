@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from typing import Any
 
-from rwkvir import checks, compat, plugins
+from rwkvir import checks, compat, memory, plugins
 from rwkvir.command_line import sentence
 
 SECONDS, STEPS = 15, 10  # steps are repeated until one of these is reached
@@ -96,6 +96,7 @@ def _child(request: dict[str, Any]) -> None:
 
 
 def _measure(request: dict[str, Any], tell: Callable[[str, str], None]) -> None:
+    memory.keep_freed()  # as the run itself does
     compat.apply()
     plugins.load_plugins()
     compat.patch_training()

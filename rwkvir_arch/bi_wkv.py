@@ -71,7 +71,7 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise ValueError(f"bi_wkv: k must be (B, T, C) or (B, H, W, C), got {_describe(k)}")
     _check("bi_wkv", w, u, k, v, parameters=(k.shape[-1],))
     if k.dim() == 3:
-        return _wkv(w[None], u[None], k[:, None], v[:, None])[:, 0]  # (B, T, C)
+        return _wkv(w[None], u[None], k[:, None], v[:, None]).squeeze(1)  # (B, T, C), without a copy of its gradient
     return _wkv(w[None], u[None], k, v)
 
 

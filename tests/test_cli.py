@@ -1,5 +1,6 @@
 """The `basicsr` command: its help, and one sentence for whatever goes wrong."""
 
+import platform
 import subprocess
 import sys
 
@@ -15,6 +16,18 @@ def test_help_and_version_need_no_torch(words, expected):
     code = f"import sys; from rwkvir import cli; cli.main({words}); assert 'torch' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0 and expected in result.stdout, result.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no glibc")
+def test_freed_memory_is_kept():
+    """A tensor of 128 MiB, 32768 pages, is made of those of the one before."""
+    code = (
+        "import resource, torch\nfrom rwkvir import cli\ncli.main([])\ntorch.ones(1 << 25)\n"
+        "faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\ntorch.ones(1 << 25)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert int(result.stdout.split()[-1]) < 1000, result.stderr
 
 
 @pytest.mark.parametrize("command", ["train", "test"])
