@@ -573,6 +573,14 @@ def test_bad_input_says_what_was_given_and_what_is_wanted(change, message):
         bi_wkv(*change(*example(1, 5, 3)))
 
 
+@pytest.mark.parametrize("change", [lambda gy: gy.double(), lambda gy: gy[:, :3]])
+def test_a_gradient_unlike_k_is_refused(change):
+    w, u, k, v = example(1, 4, 5, 3)
+    y, state = torch.ops.rwkvir.wkv(w, u, k, v)
+    with pytest.raises(RuntimeError, match="gy of k's"):
+        torch.ops.rwkvir.wkv_backward(change(torch.ones_like(y)), w, u, k, v, None, state)
+
+
 def test_a_missing_build_names_the_command(monkeypatch, tmp_path):
     module = sys.modules["rwkvir_arch.bi_wkv"]  # the package's attribute of that name is the function
     monkeypatch.setattr(module, "_library", tmp_path / "_C.so")
