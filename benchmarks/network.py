@@ -6,7 +6,7 @@ Forward pass and training step (forward, L1 loss, backward, Adam) on four patche
 one forward pass on a whole picture of each size (width x height, before enlarging), each in a process of its own, in
 turns. `fused` is RWKVIR after fuse(). The table gives medians and the spread (max - min) / median over the rounds;
 memory is the peak less what the process held with network and picture loaded. Freed memory is kept for all of them, as
-`basicsr` does (rwkvir/memory.py). Linux only.
+`basicsr` does (rwkvir/memory.py). Below it stands where the time goes. Linux only.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import platform
 import re
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +26,7 @@ import torch
 from bi_wkv import in_turns
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import profile
 
 from rwkvir.memory import keep_freed
 from rwkvir_arch import RWKVIR
@@ -156,6 +158,18 @@ def pictures(size: str, args: argparse.Namespace) -> None:
         print(f"| {size}, {label} | {' | '.join(cells)} | {medians[2] / medians[0]:.1f}x |", flush=True)
 
 
+def shares(run: Callable[[], object], device: str) -> str:
+    """What the largest parts of a call's time are, by operator of torch; ours, both ways, is one."""
+    run()
+    with profile() as found:
+        timed(run, device)
+    time = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    parts: Counter[str] = Counter()
+    for event in found.key_averages():
+        parts["rwkvir::wkv" if "rwkvir" in event.key else event.key] += getattr(event, time)
+    return ", ".join(f"{name} {part / parts.total():.0%}" for name, part in parts.most_common(8))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default=SIZES, help="WIDTHxHEIGHT of pictures, separated by commas")
@@ -180,8 +194,13 @@ def main() -> None:
         result = in_turns({name: partial(timed, run, args.device) for name, run in contenders.items()}, args.repeats)
         cells = [f"{result[name][0] * 1e3:.0f} ({result[name][1]:.0%})" if name in result else "" for name in NETWORKS]
         print(f"| {label} | {' | '.join(cells)} | {result['SwinIR'][0] / result['RWKVIR'][0]:.1f}x |", flush=True)
-    for size in filter(None, args.sizes.split(",")):
+    sizes = [size for size in args.sizes.split(",") if size]
+    for size in sizes:
         pictures(size, args)
+    print(f"\nWhere the time goes, training step of RWKVIR: {shares(step['RWKVIR'], args.device)}")
+    for size in sizes[:1]:
+        run = inference("RWKVIR", *map(int, size.split("x")), args.device)
+        print(f"Where the time goes, {size}: {shares(run, args.device)}")
 
 
 if __name__ == "__main__":
